@@ -1,0 +1,46 @@
+# Every command installs what it needs, into .venv and nowhere else; python3 with its venv module and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo run test check bench format lock
+
+install: $(STAMP)
+
+# Compiled at install time: where PYTHONDONTWRITEBYTECODE is set, every flow run's process would compile every import.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --no-compile -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-compile -e .
+	$(BIN)/python -m compileall -q -j 0 .venv/lib adapter athena_backup blocks deployments flows
+	@touch $(STAMP)
+
+# KEEP=1 leaves everything running until Ctrl-C. SIZE scales the data (1: some hundred MB).
+demo: install
+	@$(BIN)/python -m deployments.demo $(if $(KEEP),--keep) $(if $(SIZE),--size $(SIZE))
+
+run: install
+	@$(BIN)/athena-backup up
+
+test: install
+	$(BIN)/pytest $(TESTS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/vulture
+	$(BIN)/pytest -q tests/test_floors.py tests/test_documents.py
+
+bench: install
+	$(BIN)/python benchmarks/operations.py
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Pins every package with its hashes, without the address of any index.
+lock: install
+	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url \
+	  --no-header --no-annotate --upgrade --quiet pyproject.toml -o requirements.txt
