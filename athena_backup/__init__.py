@@ -1,0 +1,1 @@
+"""The engine: everything that reads, writes and checks bytes, without Prefect; usable and testable alone."""

@@ -1,0 +1,285 @@
+"""The documents of a set as types: what component.json, manifest.json and failure.json hold, and how they are read.
+
+All are frozen pydantic models, so that the JSON Schema that is published beside the documentation is theirs. A reader
+takes any minor version of its own major one, ignoring members that it does not know, and refuses a newer major version.
+"""
+
+import json
+from datetime import datetime
+from typing import Annotated, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from athena_backup.errors import DamagedError, Fault, FinalError
+from athena_backup.names import SetId, Timestamp, parse_component_name
+
+SCHEMA_VERSION = "1.0"
+MANIFEST = "manifest.json"
+FAILURE = "failure.json"
+COMPONENT = "component.json"
+INSTRUCTIONS = "RESTORE.md"
+
+Kind = Literal["database", "volume"]
+FOLDERS: dict[Kind, str] = {"database": "databases", "volume": "volumes"}
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Part(_Document):
+    """One numbered object of a component: a whole number of zstd frames."""
+
+    key: str = Field(description="Key of the object in the store, from the store's root.")
+    size_bytes: int = Field(ge=0, description="Size of the object as stored (compressed).")
+    raw_size_bytes: int = Field(ge=0, description="Size of what is inside, decompressed.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the object as stored.")
+
+
+class Stream(_Document):
+    """One stream of a component, a dump or an archive: its parts joined in order."""
+
+    name: str = Field(description="File name of the stream inside the component's folder, without the part's number.")
+    parts: tuple[Part, ...]
+
+
+class Setting(_Document):
+    """One ``ALTER DATABASE … SET``, or with a role ``ALTER ROLE … IN DATABASE … SET``."""
+
+    role: str | None
+    name: str
+    value: str
+
+
+class Label(_Document):
+    """A security label of a database."""
+
+    provider: str
+    label: str
+
+
+class Role(_Document):
+    """A role that the database refers to; data only, a restore never runs SQL from a set for it."""
+
+    name: str
+    can_login: bool
+    inherit: bool
+    create_database: bool
+    connection_limit: int
+    member_of: tuple[str, ...] = ()
+
+
+class TableCount(_Document):
+    """How many rows a table had inside the snapshot; of a partitioned table, its partitions count for themselves."""
+
+    schema_name: str
+    name: str
+    rows: int
+
+
+class SequenceState(_Document):
+    """Where a sequence stood according to the dump's own entry for it."""
+
+    schema_name: str
+    name: str
+    last_value: int
+    is_called: bool
+
+
+class Extension(_Document):
+    """An extension of the database with its version."""
+
+    name: str
+    version: str
+
+
+class DatabaseFacts(_Document):
+    """What is kept beside a dump, because no dump of one database holds it ("PostgreSQL", section 3)."""
+
+    server: int = Field(description="Number of the server in the manifest.")
+    database: str = Field(description="The database's own name; the component's may differ.")
+    oid: int
+    owner: str
+    acl: tuple[str, ...] | None = Field(description="pg_database.datacl as aclitem texts; null: the default.")
+    comment: str | None
+    labels: tuple[Label, ...]
+    settings: tuple[Setting, ...]
+    connection_limit: int
+    tablespace: str
+    encoding: str
+    locale_provider: str = Field(description="'c' libc, 'i' ICU, 'b' builtin, as in pg_database.")
+    collate: str
+    ctype: str
+    locale: str | None = Field(description="The ICU or builtin locale.")
+    icu_rules: str | None
+    collation_version: str | None
+    roles: tuple[Role, ...]
+    tables: tuple[TableCount, ...]
+    sequences: tuple[SequenceState, ...]
+    extensions: tuple[Extension, ...]
+    large_objects: int
+    omitted: tuple[str, ...] = Field(description="Known warnings of pg_dump: what it left out, and said so.")
+    dump_version: str = Field(description="Version of the pg_dump that wrote the dump.")
+    size_bytes: int = Field(description="pg_database_size at the time of the backup: the room that a restore needs.")
+
+
+class VolumeFacts(_Document):
+    """What a restore of a volume must find again, and what the reading of a live tree could not give."""
+
+    members: int = Field(description="Members of all archives.")
+    files: int = Field(description="Regular files among them, each inode once.")
+    content_bytes: int = Field(description="Sum of the sizes of those files.")
+    torn: tuple[str, ...] = Field(description="Files that kept changing while being read.")
+    vanished: tuple[str, ...] = Field(description="Entries that were listed and then gone.")
+    sockets: int = Field(description="Sockets, which are left out.")
+    other_file_systems: tuple[str, ...] = Field(description="Mount points inside, which are not entered.")
+    alternates: tuple[str, ...] = Field(description="Git repositories whose alternates leave the volume.")
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    special_modes: bool = Field(description="Whether any member is setuid, setgid or sticky.")
+    devices: int
+    xattr_classes: tuple[str, ...] = Field(description="Such as 'user', 'security', 'system'.")
+
+
+class Server(_Document):
+    """One PostgreSQL server whose databases are in the set, and the instant at which they were read."""
+
+    number: int
+    host: str
+    port: int
+    version: int = Field(description="server_version_num, such as 150018.")
+    system_identifier: str | None = Field(description="null where the role may not read pg_control_system().")
+    in_recovery: bool
+    consistent_at: datetime
+    exact: bool = Field(description="Whether all its databases were proven to be read at one instant.")
+    spread_seconds: float = Field(description="Time between the first and the last snapshot; 0 where exact.")
+
+
+class Component(_Document):
+    """One component of a set, complete or failed; the very value of its component.json."""
+
+    name: str
+    kind: Kind
+    attempt: str = Field(pattern="^[0-9a-f]{12}$")
+    run_id: str = Field(description="The Prefect flow run that wrote it.")
+    state: Literal["complete", "failed"]
+    began: datetime
+    ended: datetime
+    streams: tuple[Stream, ...] = ()
+    server: Server | None = Field(default=None, description="Of a database: the server it was read from.")
+    database: DatabaseFacts | None = None
+    volume: VolumeFacts | None = None
+    fault: Fault | None = None
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _name_is_safe(cls, value: str) -> str:
+        return parse_component_name(value)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts of all streams."""
+        return tuple(part for stream in self.streams for part in stream.parts)
+
+    @property
+    def raw_size_bytes(self) -> int:
+        """Bytes of the component before compression."""
+        return sum(part.raw_size_bytes for part in self.parts)
+
+
+def component_folder(set_id: SetId, kind: Kind, name: str, attempt: str) -> str:
+    """The folder of one attempt at a component, with the closing slash."""
+    return f"{set_id.prefix}{FOLDERS[kind]}/{name}/{attempt}/"
+
+
+class _SetDocument(_Document):
+    schema_version: str = SCHEMA_VERSION
+    namespace: str
+    timestamp: str
+    run_id: str
+    software: str = Field(description="Name and version of the program that wrote the set.")
+    began: datetime
+    ended: datetime
+
+    @property
+    def set_id(self) -> SetId:
+        """Which set the document belongs to."""
+        return SetId(self.namespace, Timestamp.parse(self.timestamp))
+
+
+class Manifest(_SetDocument):
+    """A set's table of contents, written last: a set exists when its manifest does."""
+
+    state: Literal["complete", "abandoned"] = "complete"
+    proved_by: str = Field(description="How the parts are known to be in the store, such as 'fsync+size' or 'digest'.")
+    only_databases: bool = Field(default=False, description="Whether volumes were left out by request.")
+    servers: tuple[Server, ...]
+    components: tuple[Component, ...] = Field(description="In the order of the configuration.")
+    spread_seconds: float = Field(default=0, description="Time between the servers' instants.")
+
+    def component(self, name: str) -> Component | None:
+        """The component of that name, None if the set has none."""
+        return next((component for component in self.components if component.name == name), None)
+
+
+class Failure(_SetDocument):
+    """What is left of a failed set, so that the list can show it: what failed, where, why."""
+
+    cancelled: bool = False
+    faults: tuple[Fault, ...]
+
+    @property
+    def status(self) -> str:
+        """The record's ``status``: every fault in the order in which they happened (contract, section 2)."""
+        if self.cancelled:
+            return "Cancelled"
+        return "; ".join(str(fault) for fault in sorted(self.faults, key=lambda fault: fault.at))
+
+
+class _Version(_Document):
+    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")] = SCHEMA_VERSION
+
+
+def to_json(document: BaseModel) -> bytes:
+    """A document as the bytes that are stored."""
+    return (document.model_dump_json(indent=1) + "\n").encode()
+
+
+def read_manifest(data: bytes, key: str) -> Manifest:
+    """Parse manifest.json; raises `DamagedError`, and `FinalError` for a newer major schema version."""
+    return _read(Manifest, data, key)
+
+
+def read_failure(data: bytes, key: str) -> Failure:
+    """Parse failure.json; raises like `read_manifest`."""
+    return _read(Failure, data, key)
+
+
+def read_component(data: bytes, key: str) -> Component:
+    """Parse component.json; raises like `read_manifest`."""
+    return _read(Component, data, key)
+
+
+def json_schema() -> str:
+    """The JSON Schema of manifest.json."""
+    return json.dumps(Manifest.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _read(model: type[_Model], data: bytes, key: str) -> _Model:
+    try:
+        version = _Version.model_validate_json(data).schema_version
+        if int(version.partition(".")[0]) > int(SCHEMA_VERSION.partition(".")[0]):
+            raise FinalError(
+                f"{key} has schema version {version}, this program reads {SCHEMA_VERSION}",
+                next_step="use a newer version of athena-backup to read this set",
+            )
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        places = ", ".join(".".join(str(step) for step in issue["loc"]) or issue["msg"] for issue in error.errors()[:5])
+        raise DamagedError(
+            f"{key} is not a document of ours: {places}", next_step="the set is damaged: use another one"
+        ) from None

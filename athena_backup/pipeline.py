@@ -1,0 +1,180 @@
+"""The way of the bytes: a source, compressed, hashed and stored as parts; and the same way back.
+
+One pass, in bounded memory, without a copy on a local disk (design.md, section 3). What may be believed about a stream's
+end stands here and nowhere else ("volumes", section 3): a source's iterator ends without an exception only if the source
+is whole, and `read_part` ends without one only if every byte that was written has been seen.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import zstandard
+
+from athena_backup.errors import DamagedError, FinalError
+from athena_backup.manifest import Part
+from athena_backup.operation import Operation
+from athena_backup.store import Store
+
+PART_LIMIT_BYTES = 64 << 30
+"""A part ends here and its stream goes on in the next one (design.md, section 3)."""
+COMPRESSION_LEVEL = 1
+
+# zstandard's decompressor has no bound on what one call returns, and a run of equal bytes expands up to 32,768 times
+# (4 bytes for a block of 128 KiB, RFC 8878 section 3.1.1.2): slices this small keep one call under 128 MiB.
+_SLICE_BYTES = 4_096
+# Above the window of every level that we write; a hostile frame could otherwise ask for gigabytes (RFC 8878, 3.1.1.1.2).
+_WINDOW_LIMIT_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Bytes to be backed up: of which component, and how to read them from the beginning.
+
+    The iterator that ``open`` returns raises unless the source was read to its verified end (a child's exit code seen, a
+    tree walked to its last entry); it must not raise `OSError`, which would be taken for the store's.
+    """
+
+    component: str
+    open: Callable[[Operation], Iterator[bytes]]
+
+
+def write_stream(
+    source: Source,
+    store: Store,
+    key_of: Callable[[int], str],
+    operation: Operation,
+    *,
+    part_limit_bytes: int = PART_LIMIT_BYTES,
+    level: int = COMPRESSION_LEVEL,
+) -> tuple[Part, ...]:
+    """Store the whole of ``source`` as one part or more; ``key_of`` gives the key of part 0, 1, …
+
+    Each part begins a zstd frame of its own, with a content checksum; ``cat part.* | zstd -d`` gives the stream back.
+    ``part_limit_bytes`` is what a part holds compressed, at which the next begins. Raises what the source or store raises.
+    """
+    parts: list[Part] = []
+    chunks = source.open(operation)
+    with contextlib.closing(_Lookahead(chunks)) as ahead:
+        while ahead.more or not parts:
+            parts.append(
+                _write_part(ahead, source.component, store, key_of(len(parts)), operation, part_limit_bytes, level)
+            )
+    return tuple(parts)
+
+
+class _Lookahead:
+    """An iterator that knows whether there is more, so that no empty part is begun."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._next: bytes | None = next(chunks, None)
+
+    @property
+    def more(self) -> bool:
+        return self._next is not None
+
+    def take(self) -> bytes:
+        chunk, self._next = self._next, next(self._chunks, None)
+        if chunk is None:
+            raise RuntimeError("taken beyond the end")
+        return chunk
+
+    def close(self) -> None:
+        close = getattr(self._chunks, "close", None)
+        if close is not None:
+            close()
+
+
+def _write_part(
+    ahead: _Lookahead, component: str, store: Store, key: str, operation: Operation, limit_bytes: int, level: int
+) -> Part:
+    digest = hashlib.sha256()
+    size_bytes = raw_size_bytes = 0
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=False).compressobj()
+
+    def compressed() -> Iterator[bytes]:
+        nonlocal size_bytes, raw_size_bytes
+        while ahead.more and size_bytes < limit_bytes:
+            operation.check()
+            chunk = ahead.take()
+            raw_size_bytes += len(chunk)
+            operation.advance(component, len(chunk))
+            out = compressor.compress(chunk)
+            if out:
+                digest.update(out)
+                size_bytes += len(out)
+                yield out
+        tail = compressor.flush()
+        digest.update(tail)
+        size_bytes += len(tail)
+        yield tail
+
+    entry = store.write(key, compressed())
+    if entry.size_bytes != size_bytes:
+        raise DamagedError(
+            f"the store has {entry.size_bytes} bytes of {key}, {size_bytes} were written",
+            next_step="the store loses bytes: do not rely on it before its owner has found out why",
+            step="storing",
+        )
+    return Part(key=key, size_bytes=size_bytes, raw_size_bytes=raw_size_bytes, sha256=digest.hexdigest())
+
+
+def read_part(part: Part, store: Store, operation: Operation) -> Iterator[bytes]:
+    """The raw bytes of a part; raises `DamagedError`, at its end at the latest, unless they are exactly what was written."""
+    digest = hashlib.sha256()
+    size_bytes = raw_size_bytes = 0
+    context = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
+    frame = context.decompressobj()
+    begun = False
+    try:
+        for chunk in store.read(part.key):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+            for start in range(0, len(chunk), _SLICE_BYTES):
+                operation.check()
+                rest = chunk[start : start + _SLICE_BYTES]
+                while rest:
+                    if frame.eof:
+                        frame = context.decompressobj()
+                    begun = True
+                    raw = frame.decompress(rest)
+                    rest = frame.unused_data if frame.eof else b""
+                    raw_size_bytes += len(raw)
+                    if raw_size_bytes > part.raw_size_bytes:
+                        raise _damaged(
+                            part, f"it holds more than the {part.raw_size_bytes} bytes that the manifest promises"
+                        )
+                    if raw:
+                        yield raw
+    except zstandard.ZstdError as error:
+        raise _damaged(part, f"it is no whole zstd stream: {error}") from error
+    if size_bytes != part.size_bytes:
+        raise _damaged(part, f"it has {size_bytes} bytes, the manifest promises {part.size_bytes}")
+    if digest.hexdigest() != part.sha256:
+        raise _damaged(part, "its SHA-256 differs from the manifest's")
+    if not begun or not frame.eof:
+        raise _damaged(part, "its last zstd frame is cut off")
+    if raw_size_bytes != part.raw_size_bytes:
+        raise _damaged(part, f"it holds {raw_size_bytes} bytes, the manifest promises {part.raw_size_bytes}")
+
+
+def read_stream(component: str, parts: Sequence[Part], store: Store, operation: Operation) -> Iterator[bytes]:
+    """The raw bytes of all parts in order, counted as the component's progress; raises like `read_part`."""
+    if not parts:
+        raise FinalError(
+            f"the manifest names no part for {component}", next_step="the set is damaged: restore another one"
+        )
+    for part in parts:
+        for raw in read_part(part, store, operation):
+            operation.advance(component, len(raw))
+            yield raw
+
+
+def _damaged(part: Part, what: str) -> DamagedError:
+    return DamagedError(
+        f"{part.key} is damaged: {what}",
+        next_step="restore another set, or this one from its second copy",
+        step="reading",
+    )

@@ -1,0 +1,1 @@
+"""PostgreSQL: sessions, the cut, dumps, what no dump holds, and the renames of a switch."""

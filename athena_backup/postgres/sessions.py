@@ -1,0 +1,252 @@
+"""Connections to PostgreSQL: how a URL becomes a session that reads everything, and a child's environment.
+
+Every session of ours is opened here, through SQLAlchemy over psycopg, with the settings without which a read may silently
+be incomplete or different ("PostgreSQL", section 2). Passwords go into environments, never into command lines.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import URL, Connection, CursorResult, text
+from sqlalchemy.pool import NullPool
+
+from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError, PassingError, UnavailableError
+from athena_backup.operation import Operation
+
+CONNECT_SECONDS = 10
+APPLICATION_NAME = "athena-backup"
+
+# libpq's own names for what a URL may carry besides host, port, user, password and database (libpq, 34.15).
+_LIBPQ_VARIABLES = {
+    "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "channel_binding": "PGCHANNELBINDING",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+    "options": "PGOPTIONS",
+    "host": "PGHOST",
+    "port": "PGPORT",
+}
+
+# Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
+_SESSION_SETTINGS = {
+    "row_security": "off",
+    "search_path": "",
+    "datestyle": "ISO",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "3",
+    "synchronize_seqscans": "off",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
+    "default_transaction_read_only": "off",
+    "default_transaction_isolation": "read committed",
+}
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database that is a component: the component's name, and how to reach it (its own name is in the URL)."""
+
+    name: str
+    url: URL
+
+    @property
+    def database(self) -> str:
+        """The database's own name on its server."""
+        return self.url.database or ""
+
+
+@dataclass(frozen=True)
+class ServerIdentity:
+    """Which server a session is on; two sessions are on one server if these agree ("PostgreSQL", section 1)."""
+
+    system_identifier: str | None
+    timeline: int | None
+    address: str
+    port: int
+    started: datetime
+    version: int
+    in_recovery: bool
+
+    def same_server(self, other: "ServerIdentity") -> bool:
+        """Whether both are one server; by address and start time where a role may not read the control file."""
+        if self.system_identifier is not None and other.system_identifier is not None:
+            return (self.system_identifier, self.timeline) == (other.system_identifier, other.timeline)
+        return (self.address, self.port, self.started) == (other.address, other.port, other.started)
+
+
+def parse_database_url(name: str, url_text: str) -> URL:
+    """A PostgreSQL URL from outside; raises `FinalError` that names the component and never shows the URL's password."""
+    try:
+        url = sqlalchemy.make_url(url_text)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise FinalError(
+            f"the URL of database {name} can't be read",
+            next_step="write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special characters percent-encoded",
+        ) from None
+    if url.get_backend_name() not in ("postgresql", "postgres") or not url.database:
+        raise FinalError(
+            f"the URL of database {name} is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+            next_step="only PostgreSQL databases can be components, each with its own name at the URL's end",
+        )
+    return url.set(drivername="postgresql")
+
+
+def libpq_environment(url: URL) -> dict[str, str]:
+    """What a child (`pg_dump`, `psql`) needs in its environment to connect where ``url`` points."""
+    environment = {
+        "PGHOST": url.host,
+        "PGPORT": str(url.port) if url.port else None,
+        "PGUSER": url.username,
+        "PGPASSWORD": str(url.password) if url.password is not None else None,
+        "PGDATABASE": url.database,
+        "PGAPPNAME": APPLICATION_NAME,
+        "PGCONNECT_TIMEOUT": str(CONNECT_SECONDS),
+    }
+    for name, value in url.query.items():
+        variable = _LIBPQ_VARIABLES.get(name)
+        if variable:
+            environment[variable] = value if isinstance(value, str) else ",".join(value)
+    return {name: value for name, value in environment.items() if value is not None}
+
+
+@contextlib.contextmanager
+def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Connection]:
+    """A session of its own (no pool), in autocommit, with the settings above and then ``settings``.
+
+    For a transaction: ``connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)`` before
+    the first statement. Errors of the driver leave the block as this project's own (`translated`).
+    """
+    engine = sqlalchemy.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        poolclass=NullPool,
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            "application_name": APPLICATION_NAME,
+            "keepalives": 1,
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+        },
+        isolation_level="AUTOCOMMIT",
+    )
+    try:
+        with engine.connect() as connection:
+            _apply(
+                connection, {**_SESSION_SETTINGS, "client_encoding": _server_encoding(connection), **(settings or {})}
+            )
+            yield connection
+    except sqlalchemy.exc.DBAPIError as error:
+        raise translated(error) from error
+    finally:
+        engine.dispose()
+
+
+def _server_encoding(connection: Connection) -> str:
+    encoding: str = connection.execute(text("SELECT pg_catalog.current_setting('server_encoding')")).scalar_one()
+    # The driver can decode every server encoding but SQL_ASCII, whose bytes mean nothing; those come as they are.
+    return encoding
+
+
+def _apply(connection: Connection, settings: Mapping[str, str]) -> None:
+    # Only what this server knows: transaction_timeout came with 17, idle_session_timeout with 14.
+    for name, value in settings.items():
+        connection.execute(
+            text(
+                "SELECT pg_catalog.set_config(name, :value, false) FROM pg_catalog.pg_settings "
+                "WHERE name OPERATOR(pg_catalog.=) :name"
+            ),
+            {"name": name if name != "datestyle" else "DateStyle", "value": value},
+        )
+
+
+@contextlib.contextmanager
+def cancelled_with(connection: Connection, operation: Operation) -> Iterator[None]:
+    """While the block lasts, cancelling the operation cancels what ``connection`` is executing, in the server."""
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError("only sessions of psycopg can be cancelled")
+
+    def cancel() -> None:
+        with contextlib.suppress(psycopg.Error):
+            driver.cancel_safe(timeout=5)
+
+    forget = operation.when_cancelled(cancel)
+    try:
+        yield
+    finally:
+        forget()
+
+
+def identity(connection: Connection) -> ServerIdentity:
+    """Which server ``connection`` is on."""
+    row = connection.execute(
+        text(
+            "SELECT coalesce(pg_catalog.host(pg_catalog.inet_server_addr()), 'local') AS address,"
+            " coalesce(pg_catalog.inet_server_port(), pg_catalog.current_setting('port')::int) AS port,"
+            " pg_catalog.pg_postmaster_start_time() AS started,"
+            " pg_catalog.current_setting('server_version_num')::int AS version,"
+            " pg_catalog.pg_is_in_recovery() AS in_recovery,"
+            " pg_catalog.has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE')"
+            " AND pg_catalog.has_function_privilege('pg_catalog.pg_control_checkpoint()', 'EXECUTE') AS may_read"
+        )
+    ).one()
+    system_identifier, timeline = None, None
+    if row.may_read:
+        control = connection.execute(
+            text(
+                "SELECT s.system_identifier::text AS system_identifier, c.timeline_id AS timeline"
+                " FROM pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c"
+            )
+        ).one()
+        system_identifier, timeline = control.system_identifier, control.timeline
+    return ServerIdentity(system_identifier, timeline, row.address, row.port, row.started, row.version, row.in_recovery)
+
+
+def quoted(identifier: str) -> str:
+    """An identifier for use in SQL text (manual, 4.1.1)."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def run_sql(connection: Connection, sql: str) -> "CursorResult[Any]":
+    """Run SQL text in which identifiers and constants stand literally, because the statement takes no parameters.
+
+    SQLAlchemy's ``text`` would take a colon in a quoted name for a parameter, the driver a percent sign.
+    """
+    return connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
+
+
+def translated(error: sqlalchemy.exc.DBAPIError) -> AthenaError:
+    """A driver's error as one of ours, by its SQLSTATE class (manual, appendix A), without URL or password."""
+    origin = error.orig
+    state = getattr(origin, "sqlstate", None) or ""
+    message = " ".join(str(origin).split()) or type(origin).__name__
+    # libpq gives no SQLSTATE for a connection that was refused; its sentence is all there is.
+    if state.startswith("28") or "password authentication failed" in message or "no password supplied" in message:
+        return DeniedError(
+            f"PostgreSQL refuses the login: {message}", next_step="correct user or password in ATHENA_DATABASES"
+        )
+    if state == "3D000" or (not state and message.endswith("does not exist")):
+        return FinalError(
+            f"PostgreSQL: {message}", next_step="create the database or correct its URL in ATHENA_DATABASES"
+        )
+    if state == "42501":
+        return DeniedError(
+            f"PostgreSQL: {message}", next_step="grant the backup's role the missing right, or use the owner"
+        )
+    if state.startswith("53") and state != "53300":
+        return FullError(f"PostgreSQL: {message}", next_step="give the server more room, then try again")
+    if state in ("55P03", "55006") or state.startswith("40"):
+        return PassingError(f"PostgreSQL: {message}")
+    if state.startswith(("08", "57P")) or state == "53300" or not state:
+        return UnavailableError(f"PostgreSQL: {message}")
+    return FinalError(f"PostgreSQL: {message}")

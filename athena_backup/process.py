@@ -1,0 +1,164 @@
+"""Child processes: each in a process group of its own, on pipes of its own, with an owner and an end.
+
+A child never inherits our stdout or stderr (with them open the Prefect runner waits for it even after our death), dies
+with us (parent-death signal), and is ended by its group when the operation is cancelled.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from athena_backup.errors import FinalError
+from athena_backup.operation import LOOK_SECONDS, Operation
+
+STDERR_LIMIT_LINES = 2_000
+"""Lines of stderr that are kept (the newest); a child that floods it must not take our memory."""
+_LINE_LIMIT_BYTES = 8_192
+_GRACE_SECONDS = 5.0
+
+# Run between fork and exec in an interpreter of its own: `preexec_fn` may deadlock in a process with threads
+# (Python manual, subprocess), and prctl(2)'s PR_SET_PDEATHSIG (1) has to be set by the child itself. The look at the
+# parent closes the gap in which we could die before the signal is armed.
+_DIE_WITH_PARENT = (
+    "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,9);"
+    "os.getppid()==int(sys.argv[1]) or sys.exit(137);os.execvp(sys.argv[2],sys.argv[2:])"
+)
+
+
+def die_with_parent(command: Sequence[str]) -> list[str]:
+    """The command line that runs ``command`` so that it is killed when the thread that started it ends by any death."""
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: ``exit_code`` as in `subprocess` (negative: by that signal), and the end of its stderr."""
+
+    program: str
+    exit_code: int
+    stderr: tuple[str, ...]
+
+    def how(self) -> str:
+        """In words: what ended it, with the last lines that it wrote."""
+        if self.exit_code < 0:
+            try:
+                ending = f"was killed by {signal.Signals(-self.exit_code).name}"
+            except ValueError:
+                ending = f"was killed by signal {-self.exit_code}"
+        else:
+            ending = f"ended with exit code {self.exit_code}"
+        said = " | ".join(line for line in self.stderr[-5:] if line)
+        return f"{self.program} {ending}" + (f": {said}" if said else "")
+
+
+class Child:
+    """A running child with its pipes; made by `running` only."""
+
+    def __init__(self, program: str, process: "subprocess.Popen[bytes]") -> None:
+        self._program = program
+        self._process = process
+        self._lines: deque[str] = deque(maxlen=STDERR_LIMIT_LINES)
+        self._stderr_reader = threading.Thread(target=self._drain_stderr, name=f"stderr-{program}", daemon=True)
+        self._stderr_reader.start()
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        """What the child writes; unbuffered."""
+        if self._process.stdout is None:
+            raise RuntimeError("the child was started without a stdout pipe")
+        return self._process.stdout
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        """What the child reads; unbuffered; the caller closes it to say that there is no more."""
+        if self._process.stdin is None:
+            raise RuntimeError("the child was started without a stdin pipe")
+        return self._process.stdin
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, which is also that of its group."""
+        return self._process.pid
+
+    def wait(self, operation: Operation) -> Ended:
+        """Wait for the end and return it; raises as `Operation.check` (leaving the block then ends the child)."""
+        while True:
+            try:
+                exit_code = self._process.wait(LOOK_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                operation.check()
+        self._stderr_reader.join(_GRACE_SECONDS)
+        return Ended(self._program, exit_code, tuple(self._lines))
+
+    def kill_group(self, sig: int = signal.SIGKILL) -> None:
+        """Signal the child and whatever it started; harmless once it is gone."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, sig)
+
+    def forget_stderr(self) -> None:
+        """Let go of the stderr pipe once the child is gone; a grandchild that still holds it is not waited for."""
+        self._stderr_reader.join(_GRACE_SECONDS)
+        if not self._stderr_reader.is_alive() and self._process.stderr is not None:
+            self._process.stderr.close()
+
+    def _drain_stderr(self) -> None:
+        stream = self._process.stderr
+        if stream is None:
+            return
+        while line := stream.readline(_LINE_LIMIT_BYTES):
+            self._lines.append(line.decode("utf-8", "replace").rstrip("\r\n"))
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str],
+    operation: Operation,
+    *,
+    environment: Mapping[str, str],
+    reads: bool = False,
+    writes: bool = False,
+) -> Iterator[Child]:
+    """Start ``command`` with exactly ``environment``; leaving the block ends it, whatever way the block is left.
+
+    ``writes``: the child's stdout is a pipe for us; ``reads``: its stdin is one. Raises `FinalError` if the program can't
+    be started. Secrets belong into the environment, never into the command (other users see command lines).
+    """
+    operation.check()
+    program = os.path.basename(command[0])
+    if not os.access(command[0], os.X_OK):
+        raise FinalError(f"{command[0]} can't be run", next_step=f"install {program}, or say where it is")
+    process = subprocess.Popen(
+        die_with_parent(command),
+        stdin=subprocess.PIPE if reads else subprocess.DEVNULL,
+        stdout=subprocess.PIPE if writes else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=dict(environment),
+        start_new_session=True,
+    )
+    child = Child(program, process)
+    # A cancel must end a child on whose pipe some thread is blocked: its death is what wakes that thread.
+    forget = operation.when_cancelled(child.kill_group)
+    try:
+        yield child
+    finally:
+        forget()
+        child.kill_group(signal.SIGTERM)
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill_group()
+            process.wait()
+        child.forget_stderr()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()

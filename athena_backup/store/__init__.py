@@ -1,0 +1,110 @@
+"""Where sets live: one small interface over every kind of store, and the rules that every kind keeps.
+
+Keys are relative paths with `/`, such as ``app/2023-02-02t16-00-00/manifest.json``. Names that begin with ``.athena-`` are
+the store's own and never keys. The algorithms over a store (catalog, closing a set, copying) are plain functions elsewhere.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+
+from athena_backup.errors import FinalError
+
+OWN_PREFIX = ".athena-"
+CHUNK_SIZE_BYTES = 1 << 20
+"""The largest piece that `Store.read` hands out."""
+
+StoreType = Literal["local", "s3", "azure-blob-storage", "gcp-cloud-storage"]
+DOCUMENT_LIMIT_BYTES = 256 << 20
+"""What `read_document` takes at most: a manifest of 100,000 tables and parts stays well below."""
+
+
+@dataclass(frozen=True)
+class StoreLocation:
+    """Which store: its type and, for ``local``, the directory as the configuration writes it."""
+
+    type: StoreType
+    place: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object as a listing or a look shows it."""
+
+    key: str
+    size_bytes: int
+    modified: datetime
+
+
+class Store(Protocol):
+    """A store of objects.
+
+    All methods raise `AbsentError` (no such object, where one is needed), `DeniedError` (credentials or permissions),
+    `FullError` (no room) and `UnavailableError` (unreachable or broken off; a write's outcome is then unknown).
+    Any method may be called from several threads.
+    """
+
+    @property
+    def location(self) -> StoreLocation:
+        """Where the store is; never holds a secret."""
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """All objects below the folder ``prefix`` (which ends with ``/`` or is empty), in the order of their keys."""
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The names, one level deep and in order, of the folders directly below ``prefix``."""
+
+    def head(self, key: str) -> Entry | None:
+        """A look at one object; None where there is none."""
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes from ``start`` up to ``end`` (exclusive; None: all) in chunks of at most `CHUNK_SIZE_BYTES`."""
+
+    def write(self, key: str, chunks: Iterable[bytes]) -> Entry:
+        """Store what ``chunks`` yields: wholly visible on return, not at all when the call (or an iteration) raises.
+
+        A key is written once: an object that exists already is kept, and `FinalError` raised.
+        """
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Store a small document in one piece, replacing an older one; with ``if_absent``: False if there was one."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; an absent one counts as deleted."""
+
+    def sweep(self, prefix: str) -> int:
+        """Remove what writers that were killed left invisible below ``prefix``; returns how many such pieces.
+
+        Only the holder of the namespace's slot may call it: a living writer's pieces would go too.
+        """
+
+
+def check_key(key: str) -> tuple[str, ...]:
+    """The segments of a key; raises `FinalError` for one that could leave the store or name something of its own."""
+    segments = tuple(key.split("/"))
+    for segment in segments:
+        if segment in ("", ".", "..") or "\0" in segment or segment.startswith(OWN_PREFIX):
+            raise FinalError(
+                f"{key!r} is not a key of a store", next_step="the set's manifest may have been tampered with"
+            )
+    return segments
+
+
+def check_prefix(prefix: str) -> tuple[str, ...]:
+    """The segments of a folder's prefix; raises `FinalError` like `check_key`."""
+    if prefix == "":
+        return ()
+    if not prefix.endswith("/"):
+        raise FinalError(f"{prefix!r} is not a folder of a store: it lacks the closing '/'")
+    return check_key(prefix[:-1])
+
+
+def read_document(store: Store, key: str) -> bytes:
+    """A small document in one piece; raises `AbsentError`, and `FinalError` for one beyond `DOCUMENT_LIMIT_BYTES`."""
+    document = bytearray()
+    for chunk in store.read(key):
+        document += chunk
+        if len(document) > DOCUMENT_LIMIT_BYTES:
+            raise FinalError(f"{key} is larger than {DOCUMENT_LIMIT_BYTES >> 20} MiB: it is no document of ours")
+    return bytes(document)
