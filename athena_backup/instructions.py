@@ -1,0 +1,105 @@
+"""RESTORE.md: how to get the data out of a set with stock tools, for someone who has lost this program."""
+
+import shlex
+
+from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, component_folder
+
+_HEAD = """# Restoring backup set {set_id} by hand
+
+Written by {software}. Everything below needs only stock tools: `zstd`, `tar`, and PostgreSQL's client programs of major
+version {major} or newer. `athena-backup` does all of this by itself, checks every byte on the way, and switches only whole
+components; use this page when it can't be had.
+
+Copy the whole folder `{prefix}` out of the store, go into it, and run in one bash:
+
+```bash
+set -eo pipefail
+```
+
+`manifest.json` holds the SHA-256 of every part (`sha256sum` gives the same), the row count of every table, and each
+database's owner, rights and settings, which no dump of a single database holds.
+"""
+
+_DATABASES = """
+## Databases
+
+Create the roles that the database refers to first (`globals/*.sql.zst` is for reading: take from it what you need), then
+each database from `template0`, then load it:
+"""
+
+_VOLUMES = """
+## Volumes
+
+Stop whatever uses the volume, empty its directory, and extract as root, every archive of a volume on its own, in order:
+"""
+
+
+def instructions(manifest: Manifest) -> str:
+    """The text of RESTORE.md for a set that is about to be closed."""
+    databases = [component for component in manifest.components if component.kind == "database"]
+    volumes = [component for component in manifest.components if component.kind == "volume"]
+    major = max((server.version // 10_000 for server in manifest.servers), default=13)
+    text = _HEAD.format(
+        set_id=manifest.set_id,
+        software=manifest.software,
+        prefix=manifest.set_id.prefix,
+        major=major,
+        name=INSTRUCTIONS,
+    )
+    if databases:
+        text += _DATABASES
+        text += "".join(_database(manifest, component) for component in databases)
+    if volumes:
+        text += _VOLUMES
+        text += "".join(_volume(manifest, component) for component in volumes)
+    return text
+
+
+def _database(manifest: Manifest, component: Component) -> str:
+    facts = component.database
+    if facts is None:
+        return ""
+    dump = f"{_relative_folder(manifest, component)}{component.streams[0].name}"
+    return f"""
+### {component.name}
+
+```bash
+createdb --template=template0 {_create_options(facts)} {shlex.quote(facts.database)}
+cat {shlex.quote(dump)}.* | zstd -dc | pg_restore --exit-on-error --dbname={shlex.quote(facts.database)}
+```
+"""
+
+
+def _create_options(facts: DatabaseFacts) -> str:
+    options = {
+        "owner": facts.owner,
+        "encoding": facts.encoding,
+        "lc-collate": facts.collate,
+        "lc-ctype": facts.ctype,
+    }
+    if facts.locale_provider == "i" and facts.locale:
+        options |= {"locale-provider": "icu", "icu-locale": facts.locale}
+    elif facts.locale_provider == "b" and facts.locale:
+        options |= {"locale-provider": "builtin", "builtin-locale": facts.locale}
+    return " ".join(f"--{name}={shlex.quote(value)}" for name, value in options.items())
+
+
+def _volume(manifest: Manifest, component: Component) -> str:
+    folder = _relative_folder(manifest, component)
+    archives = " ".join(shlex.quote(folder + stream.name) for stream in component.streams)
+    return f"""
+### {component.name}
+
+```bash
+target=/the/directory/of/{component.name}   # change this
+for archive in {archives}; do
+  cat "$archive".* | zstd -dc | tar -x -p --numeric-owner --same-owner --acls --selinux \\
+    --xattrs --xattrs-include='*' -C "$target"
+done
+```
+"""
+
+
+def _relative_folder(manifest: Manifest, component: Component) -> str:
+    folder = component_folder(manifest.set_id, component.kind, component.name, component.attempt)
+    return folder.removeprefix(manifest.set_id.prefix)

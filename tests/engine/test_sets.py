@@ -1,0 +1,282 @@
+"""How a set is closed, listed and deleted: what is listed as Success is whole, anything less is a failed set."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from athena_backup import backup
+from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component, put_once
+from athena_backup.catalog import SetState, delete_set, find_set, list_sets, whole_manifest
+from athena_backup.errors import AbsentError, FinalError, UnavailableError
+from athena_backup.manifest import (
+    FAILURE,
+    MANIFEST,
+    Component,
+    Failure,
+    Manifest,
+    Server,
+    Stream,
+    component_folder,
+    json_schema,
+    read_manifest,
+    to_json,
+)
+from athena_backup.names import SetId, Timestamp, new_attempt
+from athena_backup.operation import Operation
+from athena_backup.pipeline import Source, write_stream
+from athena_backup.store import read_document
+from athena_backup.store.local import LocalStore
+
+NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
+SET = SetId("app", Timestamp.parse("2026-11-23t12-00-00"))
+GITSERVER = Expected("gitserver", "volume")
+EDWEB = Expected("edweb", "volume")
+
+
+def written(store: LocalStore, expected: Expected = GITSERVER, *, server: Server | None = None) -> Component:
+    """A component with one real part and its document, as a backup leaves it."""
+    attempt = new_attempt()
+    folder = component_folder(SET, expected.kind, expected.name, attempt)
+    source = Source(expected.name, lambda operation: iter([b"content of " + expected.name.encode()]))
+    parts = write_stream(source, store, lambda number: f"{folder}0000.tar.zst.{number:04}", Operation())
+    component = Component(
+        name=expected.name,
+        kind=expected.kind,
+        attempt=attempt,
+        run_id="run",
+        state="complete",
+        began=NOW,
+        ended=datetime.now(UTC),
+        streams=(Stream(name="0000.tar.zst", parts=parts),),
+        server=server,
+    )
+    put_component(store, SET, component)
+    return component
+
+
+def close(store: LocalStore, *expected: Expected, **options: bool) -> Manifest | Failure:
+    return close_set(store, SET, expected, [], run_id="run", began=NOW, **options)
+
+
+def test_a_set_whose_components_are_all_there_gets_a_manifest_and_is_listed_as_success(local_store: LocalStore) -> None:
+    components = [written(local_store, GITSERVER), written(local_store, EDWEB)]
+    outcome = close(local_store, GITSERVER, EDWEB)
+    assert isinstance(outcome, Manifest)
+    assert outcome.components == tuple(components)
+    assert [(one.set_id, one.status) for one in list_sets(local_store, "app")] == [(SET, "Success")]
+    assert whole_manifest(local_store, SET) == outcome
+    assert b"zstd -dc" in read_document(local_store, SET.prefix + "RESTORE.md")
+
+
+def test_a_component_that_was_never_written_fails_the_set_and_is_named(local_store: LocalStore) -> None:
+    written(local_store, GITSERVER)
+    outcome = close(local_store, GITSERVER, EDWEB)
+    assert isinstance(outcome, Failure)
+    assert "edweb" in outcome.status
+    assert "gitserver" not in outcome.status
+    assert local_store.head(SET.prefix + MANIFEST) is None
+
+
+def test_a_part_that_is_gone_or_short_fails_the_set(local_store: LocalStore) -> None:
+    component = written(local_store)
+    local_store.delete([component.parts[0].key])
+    outcome = close(local_store, GITSERVER)
+    assert isinstance(outcome, Failure)
+    assert component.parts[0].key in outcome.status
+
+
+def test_a_retry_that_succeeds_closes_the_set_of_an_earlier_failure(local_store: LocalStore) -> None:
+    fault = FinalError("the disk was full").fault(component="gitserver", step="archiving")
+    put_failed_component(local_store, SET, GITSERVER, "run", NOW, fault)
+    first = close(local_store, GITSERVER)
+    assert isinstance(first, Failure)
+    assert "the disk was full" in first.status
+    written(local_store)
+    assert isinstance(close(local_store, GITSERVER), Manifest)
+    assert [one.status for one in list_sets(local_store, "app")] == ["Success"]
+
+
+def test_the_status_names_every_failed_component_in_the_order_of_time(local_store: LocalStore) -> None:
+    later = FinalError("no space").fault(component="asp", step="dumping", at=NOW + timedelta(seconds=5))
+    earlier = FinalError("not mounted").fault(component="edweb", step="archiving", at=NOW)
+    outcome = close_set(
+        local_store, SET, [Expected("asp", "database"), EDWEB], [later, earlier], run_id="run", began=NOW
+    )
+    assert isinstance(outcome, Failure)
+    assert outcome.status == "edweb: error archiving: not mounted; asp: error dumping: no space"
+
+
+def test_a_fault_keeps_a_set_from_success_even_if_every_part_is_there(local_store: LocalStore) -> None:
+    written(local_store)
+    fault = FinalError("a holder was lost").fault(component="gitserver", step="reading")
+    assert isinstance(close_set(local_store, SET, [GITSERVER], [fault], run_id="run", began=NOW), Failure)
+
+
+def test_databases_that_were_read_under_different_cuts_are_no_set(local_store: LocalStore) -> None:
+    asp, gogs = Expected("asp", "database"), Expected("gogs", "database")
+
+    def server(second: int) -> Server:
+        at = NOW + timedelta(seconds=second)
+        return Server(
+            number=0,
+            host="h",
+            port=1,
+            version=180000,
+            system_identifier="1",
+            in_recovery=False,
+            consistent_at=at,
+            exact=True,
+            spread_seconds=0,
+        )
+
+    written(local_store, asp, server=server(0))
+    written(local_store, gogs, server=server(1))
+    outcome = close(local_store, asp, gogs)
+    assert isinstance(outcome, Failure)
+    assert "different instants" in outcome.status
+
+
+def test_nothing_configured_is_a_failed_set_and_not_an_empty_success(local_store: LocalStore) -> None:
+    outcome = close(local_store)
+    assert isinstance(outcome, Failure)
+    assert "ATHENA_DATABASES" in outcome.status
+
+
+def test_a_cancelled_backup_says_so(local_store: LocalStore) -> None:
+    written(local_store)
+    close(local_store, GITSERVER, cancelled=True)
+    assert [one.status for one in list_sets(local_store, "app")] == ["Cancelled"]
+
+
+def test_closing_twice_does_no_harm(local_store: LocalStore) -> None:
+    written(local_store)
+    assert close(local_store, GITSERVER) == close(local_store, GITSERVER)
+    local_store.put(SET.prefix + FAILURE, b"{}")
+    assert [one.status for one in list_sets(local_store, "app")] == ["Success"]
+
+
+def test_of_several_complete_attempts_the_newest_whole_one_counts(local_store: LocalStore) -> None:
+    first, second = written(local_store), written(local_store)
+    assert complete_attempt(local_store, SET, GITSERVER) == second
+    local_store.delete([second.parts[0].key])
+    assert complete_attempt(local_store, SET, GITSERVER) == first
+
+
+class LosingAnswers(LocalStore):
+    """A store whose puts succeed, or not, and whose answer is lost: what a cut connection looks like."""
+
+    def __init__(self, place: str, stored: Iterator[bool]) -> None:
+        super().__init__(place)
+        self._stored = stored
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        is_stored = next(self._stored, None)
+        if is_stored is None:
+            return super().put(key, data, if_absent=if_absent)
+        if is_stored:
+            super().put(key, data, if_absent=if_absent)
+        raise UnavailableError("connection reset")
+
+
+@pytest.mark.parametrize("stored", [[True], [False], [False, True], [True, True]])
+def test_a_lost_answer_to_a_put_is_settled_by_reading(
+    local_store: LocalStore, stored: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup.time, "sleep", lambda seconds: None)
+    store = LosingAnswers(local_store.location.place, iter(stored))
+    put_once(store, "app/x/manifest.json", b"document")
+    assert read_document(local_store, "app/x/manifest.json") == b"document"
+
+
+def test_a_document_that_another_process_wrote_is_not_taken_for_ours(local_store: LocalStore) -> None:
+    local_store.put("app/x/manifest.json", b"theirs")
+    with pytest.raises(FinalError, match="another process"):
+        put_once(local_store, "app/x/manifest.json", b"ours")
+
+
+class TestCatalog:
+    """What the listing shows, and what it never touches."""
+
+    def test_sets_are_listed_oldest_first_failed_ones_too(self, local_store: LocalStore) -> None:
+        for text in ("2026-11-23t12-00-00", "2026-11-22t12-00-00", "2026-11-24t12-00-00"):
+            fault = FinalError(f"because of {text}").fault(step="testing")
+            close_set(local_store, SetId("app", Timestamp.parse(text)), [], [fault], run_id="run", began=NOW)
+        found = list(list_sets(local_store, "app"))
+        assert [str(one.set_id.timestamp)[:10] for one in found] == ["2026-11-22", "2026-11-23", "2026-11-24"]
+        assert all(one.state is SetState.FAILED for one in found)
+
+    def test_objects_of_others_beside_the_sets_are_never_read_as_sets(self, local_store: LocalStore) -> None:
+        for key in ("app/audit/2026/log", "app/operations/x", "app/2026-99-99t00-00-00/manifest.json", "app/notes"):
+            local_store.put(key, b"not ours")
+        assert list(list_sets(local_store, "app")) == []
+
+    def test_a_damaged_manifest_is_no_success(self, local_store: LocalStore) -> None:
+        written(local_store)
+        close(local_store, GITSERVER)
+        local_store.put(SET.prefix + MANIFEST, b'{"schema_version": "1.0", "state": "complete"}')
+        (entry,) = list_sets(local_store, "app")
+        assert entry.state is SetState.FAILED
+        assert "damaged" in entry.status
+
+    def test_a_manifest_that_was_copied_under_another_timestamp_is_no_success(self, local_store: LocalStore) -> None:
+        written(local_store)
+        close(local_store, GITSERVER)
+        local_store.put("app/2026-11-24t12-00-00/manifest.json", read_document(local_store, SET.prefix + MANIFEST))
+        assert [one.state for one in list_sets(local_store, "app")] == [SetState.SUCCESS, SetState.FAILED]
+
+    def test_a_set_without_manifest_and_failure_is_unfinished(self, local_store: LocalStore) -> None:
+        written(local_store)
+        entry = find_set(local_store, SET)
+        assert entry is not None
+        assert entry.state is SetState.UNFINISHED
+        with pytest.raises(FinalError, match="can't be restored"):
+            whole_manifest(local_store, SET)
+
+    def test_a_set_that_is_not_there_is_absent(self, local_store: LocalStore) -> None:
+        assert find_set(local_store, SET) is None
+        for call in (whole_manifest, delete_set):
+            with pytest.raises(AbsentError):
+                call(local_store, SET)
+
+    def test_deleting_takes_the_whole_set_and_nothing_else(self, local_store: LocalStore) -> None:
+        written(local_store)
+        close(local_store, GITSERVER)
+        local_store.put("app/audit/log", b"")
+        delete_set(local_store, SET)
+        assert [entry.key for entry in local_store.entries("")] == ["app/audit/log"]
+
+    def test_a_set_whose_deletion_was_killed_is_no_success_and_can_be_deleted_again(
+        self, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written(local_store)
+        close(local_store, GITSERVER)
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalStore, "delete", lambda self, keys: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                delete_set(local_store, SET)
+        (entry,) = list_sets(local_store, "app")
+        assert entry.state is SetState.DELETING
+        with pytest.raises(FinalError):
+            whole_manifest(local_store, SET)
+        delete_set(local_store, SET)
+        assert list(local_store.entries("")) == []
+
+
+class TestSchema:
+    """What a reader may rely on."""
+
+    def test_a_newer_major_version_is_refused_and_a_newer_minor_one_read(self, local_store: LocalStore) -> None:
+        written(local_store)
+        manifest = close(local_store, GITSERVER)
+        assert isinstance(manifest, Manifest)
+        newer = manifest.model_copy(update={"schema_version": "2.0"})
+        with pytest.raises(FinalError, match="newer version of athena-backup"):
+            read_manifest(to_json(newer), "manifest.json")
+        extended = to_json(manifest.model_copy(update={"schema_version": "1.9"})).replace(b"{", b'{"future": 1, ', 1)
+        assert read_manifest(extended, "manifest.json").components == manifest.components
+
+    def test_the_schema_describes_every_member(self) -> None:
+        schema = json_schema()
+        for member in ("components", "sha256", "raw_size_bytes", "consistent_at", "schema_version"):
+            assert f'"{member}"' in schema
