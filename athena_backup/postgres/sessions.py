@@ -136,6 +136,7 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
+            "tcp_user_timeout": 60_000,  # keepalives don't run while something sent is unanswered (tcp(7))
         },
         isolation_level="AUTOCOMMIT",
     )
@@ -185,6 +186,24 @@ def cancelled_with(connection: Connection, operation: Operation) -> Iterator[Non
         yield
     finally:
         forget()
+
+
+def refuse_pooler(connection: Connection) -> None:
+    """Raise `FinalError` if a connection pooler stands between us and the server.
+
+    A pooler hands out a process id of its own for cancelling. In transaction mode it would give each transaction another
+    server session, without our settings; session mode can't be told apart from outside, so it is refused as well.
+    """
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError("only sessions of psycopg know their server process")
+    pids = {connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one() for _ in range(3)}
+    if pids != {driver.info.backend_pid}:
+        raise FinalError(
+            "a connection pooler stands between this program and PostgreSQL",
+            next_step="give the server's own address and port in ATHENA_DATABASES, not the pooler's",
+            step="connecting",
+        )
 
 
 def identity(connection: Connection) -> ServerIdentity:

@@ -1,0 +1,89 @@
+"""What the head of a custom-format dump says of its sequences, without a second read of the dump.
+
+The table of contents stands before all data, and a SEQUENCE SET entry is whole inside it, so the first megabytes, given to
+`pg_restore`, tell where every sequence will stand after a restore ("PostgreSQL", section 4).
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from athena_backup.errors import FinalError
+from athena_backup.manifest import SequenceState
+from athena_backup.operation import Operation
+from athena_backup.process import running
+
+_FIRST_LOOK_BYTES = 1 << 20
+_LIMIT_BYTES = 64 << 20
+"""A table of contents beyond this (some 100,000 objects) fails the dump: it can't be proven at a restore."""
+_SETVAL = re.compile(r"^SELECT pg_catalog\.setval\(E?'((?:[^']|'')*)', (-?\d+), (true|false)\);$", re.MULTILINE)
+_IDENTIFIER = re.compile(r'"((?:[^"]|"")*)"|([^."]+)')
+
+
+class ArchiveHead:
+    """Collects the head of one dump as it streams by, until its table of contents is whole."""
+
+    def __init__(self, client: Path, operation: Operation) -> None:
+        self._client = client
+        self._operation = operation
+        self._head = bytearray()
+        self._next_look = _FIRST_LOOK_BYTES
+        self._found: list[SequenceState] | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the dump."""
+        if self._found is not None:
+            return
+        self._head += chunk
+        if len(self._head) >= self._next_look:
+            self._look()
+            self._next_look *= 4
+            if self._found is None and self._next_look > _LIMIT_BYTES * 4:
+                raise FinalError(
+                    f"the dump's table of contents is larger than {_LIMIT_BYTES >> 20} MiB", step="dumping"
+                )
+
+    def sequences(self) -> list[SequenceState]:
+        """The states that the dump holds; raises `FinalError` if its head can't be read: then neither can a restore."""
+        if self._found is None:
+            self._look()
+        if self._found is None:
+            raise FinalError(
+                "pg_restore can't read the table of contents of the dump that was just written", step="dumping"
+            )
+        return self._found
+
+    def _look(self) -> None:
+        with _unnamed_file(bytes(self._head)) as head:
+            listing = self._run(["--list", head])
+            if listing is None:
+                return
+            wanted = "".join(f"{line}\n" for line in listing.splitlines() if " SEQUENCE SET " in line)
+            with _unnamed_file(wanted.encode("utf-8", "surrogateescape")) as entries:
+                sql = self._run(["--section=data", f"--use-list={entries}", "--file=-", head])
+        if sql is not None:
+            self._found = [_state(*match) for match in _SETVAL.findall(sql)]
+            self._head.clear()
+
+    def _run(self, arguments: list[str]) -> str | None:
+        environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
+        with running([str(self._client), *arguments], self._operation, environment=environment, writes=True) as child:
+            said = child.stdout.read()
+            ended = child.wait(self._operation)
+        return said.decode("utf-8", "surrogateescape") if ended.exit_code == 0 else None
+
+
+@contextlib.contextmanager
+def _unnamed_file(content: bytes) -> Iterator[str]:
+    """A file in memory that a child of ours can open by name: a dump's bytes don't belong onto a local disk."""
+    descriptor = os.memfd_create("athena-head", os.MFD_CLOEXEC)
+    with open(descriptor, "wb", buffering=0) as file:
+        file.write(content)
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _state(name: str, value: str, is_called: str) -> SequenceState:
+    schema, own = (quoted.replace('""', '"') or plain for quoted, plain in _IDENTIFIER.findall(name.replace("''", "'")))
+    return SequenceState(schema_name=schema, name=own, last_value=int(value), is_called=is_called == "true")

@@ -1,0 +1,377 @@
+"""The cut: one instant at which all databases of a server are read, held to the last byte ("PostgreSQL", section 1).
+
+Two sessions hold each database. L locks every table (a snapshot does not protect against TRUNCATE and rewriting DDL);
+then S takes the snapshot that `pg_dump` and every count import. The snapshots of one server are compared as texts and
+taken again until they are equal: then no transaction lies between them.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import Connection, text
+
+from athena_backup.errors import AthenaError, FinalError, PassingError
+from athena_backup.manifest import Server
+from athena_backup.operation import Operation
+from athena_backup.postgres.sessions import (
+    Database,
+    ServerIdentity,
+    cancelled_with,
+    identity,
+    run_sql,
+    session,
+    translated,
+)
+
+LOCK_TIMEOUT_SECONDS = 60.0
+SNAPSHOT_TRIES = 300
+"""Under four writers flat out a try succeeds about one time in five (field notes), and takes a few milliseconds."""
+TABLE_TRIES = 5
+_PING_SECONDS = 30.0
+_LOOK_SECONDS = 1.0
+_LOCKS_PER_STATEMENT = 500
+
+_TABLES = text(
+    "SELECT c.oid::bigint AS oid, c.relfilenode::bigint AS file, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
+    " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+    " WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
+    " AND n.nspname !~ '^pg_' ORDER BY c.oid"
+)
+
+
+class Held:
+    """One database of the cut: its exported snapshot, and the two sessions that keep it readable."""
+
+    def __init__(self, database: Database, locks: Connection, reader: Connection) -> None:
+        self.database = database
+        self.locks = locks
+        self.reader = reader
+        self.identity: ServerIdentity = identity(locks)
+        self.oid: int = locks.execute(
+            text(
+                "SELECT oid::bigint FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"
+            )
+        ).scalar_one()
+        self.locks_pid: int = locks.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+        self.snapshot = ""
+        self.taken_at: datetime | None = None
+        self.server: Server | None = None
+        self.lost: AthenaError | None = None
+        self.locks_lock = threading.Lock()
+        self.reader_lock = threading.Lock()
+        """psycopg's sessions are for one thread at a time; whoever reads through S holds this."""
+
+    def check(self) -> None:
+        """Raise if a holder was lost: nothing that is read from now on belongs to the cut."""
+        if self.lost is not None:
+            raise self.lost
+
+    def waiting(self) -> list[str]:
+        """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them."""
+        return [f"pid {pid} waits with {query!r}" for pid, query, _ in _waiting(self)]
+
+
+@dataclass
+class Cut:
+    """All databases that could be held, and why the others couldn't."""
+
+    held: Mapping[str, Held]
+    faults: Mapping[str, AthenaError]
+    servers: Sequence[Server] = ()
+    spread_seconds: float = 0.0
+
+    def of(self, name: str) -> Held:
+        """The held database of a component; raises what kept it from being held, or what lost it."""
+        if name in self.faults:
+            raise self.faults[name]
+        held = self.held[name]
+        held.check()
+        return held
+
+
+@dataclass
+class _Opening:
+    """The cut while it is being made."""
+
+    stack: contextlib.ExitStack
+    held: dict[str, Held] = field(default_factory=dict)
+    faults: dict[str, AthenaError] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def hold_cut(
+    databases: Sequence[Database],
+    operation: Operation,
+    *,
+    lock_timeout_seconds: float = LOCK_TIMEOUT_SECONDS,
+    ddl_wait_limit_seconds: float | None = None,
+    snapshot_tries: int = SNAPSHOT_TRIES,
+) -> Iterator[Cut]:
+    """Hold all ``databases`` at one instant per server while the block lasts.
+
+    A database that can't be reached or locked becomes a fault of its component; the others go on. After
+    ``ddl_wait_limit_seconds`` of DDL queueing behind our locks, that database is given up. Raises what `Operation.check` does.
+    """
+    with contextlib.ExitStack() as stack:
+        opening = _Opening(stack)
+        for database in databases:
+            operation.check()
+            _collect(opening, database, lambda: _open(opening, database, lock_timeout_seconds, operation))  # noqa: B023
+        _refuse_twins(opening)
+        servers = [
+            _take_snapshots(number, group, opening, lock_timeout_seconds, snapshot_tries, operation)
+            for number, group in enumerate(_by_server(list(opening.held.values())))
+        ]
+        servers = [server for server in servers if server is not None]
+        instants = [server.consistent_at for server in servers if server is not None]
+        spread = (max(instants) - min(instants)).total_seconds() if instants else 0.0
+        cut = Cut(opening.held, opening.faults, [server for server in servers if server is not None], spread)
+        stopped = threading.Event()
+        pinger = threading.Thread(
+            target=_watch, args=(list(opening.held.values()), ddl_wait_limit_seconds, stopped), name="cut", daemon=True
+        )
+        pinger.start()
+        try:
+            yield cut
+        finally:
+            stopped.set()
+            pinger.join()
+
+
+def _collect(opening: _Opening, database: Database, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except AthenaError as error:
+        opening.faults[database.name] = error
+    except sqlalchemy.exc.DBAPIError as error:
+        opening.faults[database.name] = translated(error)
+    if database.name in opening.faults:
+        opening.held.pop(database.name, None)
+
+
+def _open(opening: _Opening, database: Database, lock_timeout_seconds: float, operation: Operation) -> None:
+    held = Held(database, opening.stack.enter_context(_quiet(database)), opening.stack.enter_context(_quiet(database)))
+    _refuse_pooler(held.locks)
+    with cancelled_with(held.locks, operation):
+        _lock_tables(held, lock_timeout_seconds)
+    opening.held[database.name] = held
+
+
+@contextlib.contextmanager
+def _quiet(database: Database) -> Iterator[Connection]:
+    """A session whose loss, at the end, is no error of its own: whoever relied on it was told by `Held.check`."""
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(session(database.url))
+        yield connection
+        with contextlib.suppress(AthenaError, sqlalchemy.exc.SQLAlchemyError):
+            stack.close()
+
+
+def _refuse_pooler(connection: Connection) -> None:
+    # The pid that the server named at connection is the backend's own; a pooler makes one up.
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError("only sessions of psycopg can hold a cut")
+    pid = connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+    if driver.info.backend_pid != pid:
+        raise FinalError(
+            "the database is reached through a connection pooler, which can't hold a snapshot",
+            next_step="give the address of the PostgreSQL server itself in ATHENA_DATABASES",
+        )
+
+
+def _lock_tables(held: Held, lock_timeout_seconds: float) -> None:
+    locks = held.locks
+    run_sql(locks, "BEGIN ISOLATION LEVEL READ COMMITTED")
+    run_sql(locks, f"SET LOCAL lock_timeout = {int(lock_timeout_seconds * 1000)}")
+    names = [row.name for row in locks.execute(_TABLES)]
+    try:
+        for start in range(0, len(names), _LOCKS_PER_STATEMENT):
+            _lock(locks, names[start : start + _LOCKS_PER_STATEMENT], "")
+    except sqlalchemy.exc.DBAPIError as error:
+        problem = translated(error)
+        if isinstance(problem, PassingError):
+            raise PassingError(
+                f"a table lock was not granted within {lock_timeout_seconds:.0f} s: {problem.cause}",
+                next_step="some session alters or truncates a table, or waits to: let it end",
+                step="locking the tables",
+            ) from error
+        raise
+    run_sql(locks, "SET LOCAL lock_timeout = 0")
+
+
+def _lock(connection: Connection, names: Sequence[str], how: str) -> None:
+    tables = ", ".join(f"ONLY {name}" for name in names)
+    run_sql(connection, f"LOCK TABLE {tables} IN ACCESS SHARE MODE {how}")
+
+
+def _refuse_twins(opening: _Opening) -> None:
+    seen: dict[tuple[object, ...], str] = {}
+    for name, held in list(opening.held.items()):
+        one = held.identity
+        server = (one.system_identifier,) if one.system_identifier else (one.address, one.port, one.started)
+        twin = seen.setdefault((*server, held.oid), name)
+        if twin != name:
+            for each in (twin, name):
+                opening.faults[each] = FinalError(
+                    f"components {twin} and {name} are one and the same database",
+                    next_step="remove one from ATHENA_DATABASES",
+                )
+                opening.held.pop(each, None)
+
+
+def _by_server(all_held: Sequence[Held]) -> list[list[Held]]:
+    groups: list[list[Held]] = []
+    for held in all_held:
+        for group in groups:
+            if group[0].identity.same_server(held.identity):
+                group.append(held)
+                break
+        else:
+            groups.append([held])
+    return groups
+
+
+def _take_snapshots(
+    number: int, group: list[Held], opening: _Opening, lock_timeout_seconds: float, tries: int, operation: Operation
+) -> Server | None:
+    """Take equal snapshots in all databases of a server; those that can't be read are dropped from it as faults."""
+    for _ in range(TABLE_TRIES):
+        exact = False
+        for _ in range(tries):
+            operation.check()
+            for held in list(group):
+                _collect(opening, held.database, lambda: _begin_snapshot(held))  # noqa: B023
+            group[:] = [held for held in group if held.database.name in opening.held]
+            if not group:
+                return None
+            texts = {
+                held.reader.execute(text("SELECT pg_catalog.pg_current_snapshot()::text")).scalar_one()
+                for held in group
+            }
+            agree = all(held.identity.same_server(group[0].identity) for held in group)
+            if len(group) == 1 or (len(texts) == 1 and agree and not group[0].identity.in_recovery):
+                exact = True
+                break
+            if group[0].identity.in_recovery:
+                break  # on a standby equal texts prove nothing (tried), so unequal ones need no second try
+        moved = [held for held in group if not _tables_stand_still(held)]
+        if not moved:
+            return _describe(number, group, exact=exact)
+        # A table was made or rewritten between L and S: lock again what there is now, and take new snapshots.
+        for held in moved:
+            run_sql(held.locks, "ROLLBACK")
+            _collect(opening, held.database, lambda: _lock_tables(held, lock_timeout_seconds))  # noqa: B023
+    for held in group:
+        opening.faults[held.database.name] = PassingError(
+            f"tables were made or rewritten in every one of {TABLE_TRIES} tries to take a snapshot",
+            next_step="try again when nobody changes the schema",
+        )
+        opening.held.pop(held.database.name, None)
+    return None
+
+
+def _begin_snapshot(held: Held) -> None:
+    reader = held.reader
+    run_sql(reader, "ROLLBACK")
+    run_sql(reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    held.taken_at = reader.execute(text("SELECT pg_catalog.clock_timestamp()")).scalar_one()
+
+
+def _tables_stand_still(held: Held) -> bool:
+    """Whether S sees the very tables and files that L has locked; S then locks them too, without waiting."""
+    seen = [tuple(row) for row in held.reader.execute(_TABLES)]
+    now = [tuple(row) for row in held.locks.execute(_TABLES)]
+    if seen != now:
+        return False
+    held.snapshot = held.reader.execute(text("SELECT pg_catalog.pg_export_snapshot()")).scalar_one()
+    names = [str(row[2]) for row in seen]
+    for start in range(0, len(names), _LOCKS_PER_STATEMENT):
+        try:
+            _lock(held.reader, names[start : start + _LOCKS_PER_STATEMENT], "NOWAIT")
+        except sqlalchemy.exc.DBAPIError as error:
+            # Somebody's DDL queued up in this very moment; L protects the data, and a new round starts over.
+            if isinstance(translated(error), PassingError):
+                return False
+            raise
+    return True
+
+
+def _describe(number: int, group: Sequence[Held], *, exact: bool) -> Server:
+    instants = [held.taken_at for held in group if held.taken_at is not None]
+    one = group[0].identity
+    url = group[0].database.url
+    spread = (max(instants) - min(instants)).total_seconds()
+    server = Server(
+        number=number,
+        host=url.host or one.address,
+        port=url.port or one.port,
+        version=one.version,
+        system_identifier=one.system_identifier,
+        in_recovery=one.in_recovery,
+        consistent_at=max(instants),
+        exact=exact,
+        spread_seconds=0.0 if exact else spread,
+    )
+    for held in group:
+        held.server = server
+    return server
+
+
+def _watch(all_held: Sequence[Held], ddl_wait_limit_seconds: float | None, stopped: threading.Event) -> None:
+    """Keep the holders awake, see when one is lost, and give a database up for whose locks DDL has waited too long."""
+    next_ping = time.monotonic() + _PING_SECONDS
+    while not stopped.wait(_LOOK_SECONDS):
+        is_time = time.monotonic() >= next_ping
+        if is_time:
+            next_ping = time.monotonic() + _PING_SECONDS
+        for held in all_held:
+            if held.lost is not None:
+                continue
+            try:
+                if is_time and held.reader_lock.acquire(blocking=False):
+                    try:
+                        held.reader.execute(text("SELECT 1"))
+                    finally:
+                        held.reader_lock.release()
+                if ddl_wait_limit_seconds is not None:
+                    _give_up_for_ddl(held, ddl_wait_limit_seconds)
+                elif is_time:
+                    with held.locks_lock:
+                        held.locks.execute(text("SELECT 1"))
+            except sqlalchemy.exc.SQLAlchemyError as error:
+                cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
+                held.lost = FinalError(
+                    f"a session that held the snapshot was lost: {cause}",
+                    next_step="find out who ended it; the next backup starts anew",
+                    step="holding the snapshot",
+                )
+
+
+def _give_up_for_ddl(held: Held, limit_seconds: float) -> None:
+    late = [f"pid {pid}: {query}" for pid, query, seconds in _waiting(held) if seconds > limit_seconds]
+    if late:
+        held.lost = FinalError(
+            f"given up after {limit_seconds:.0f} s because DDL waited for its locks: {'; '.join(late)}",
+            next_step="run DDL outside of backups, or raise ATHENA_DDL_WAIT_SECONDS",
+            step="holding the snapshot",
+        )
+        for connection in (held.locks, held.reader):
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+                connection.invalidate()
+
+
+def _waiting(held: Held) -> list[tuple[int, str, float]]:
+    statement = text(
+        "SELECT pid, query, extract(epoch FROM pg_catalog.clock_timestamp() - query_start)::float8"
+        " FROM pg_catalog.pg_stat_activity WHERE :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
+    )
+    with held.locks_lock:
+        rows = held.locks.execute(statement, {"pid": held.locks_pid}).all()
+    return [(row[0], " ".join(row[1].split())[:200], row[2]) for row in rows]

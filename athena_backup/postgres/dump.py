@@ -1,0 +1,189 @@
+"""One database into the store: `pg_dump` under the cut's snapshot, as a stream, believed only when everything ended well.
+
+An exit code of 0 is not completeness ("PostgreSQL", section 2): stderr is read against the table of known warnings below,
+and a warning that is not on it fails the component.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import zstandard
+
+from athena_backup.errors import AthenaError, FinalError, PassingError
+from athena_backup.manifest import Component, SequenceState, Stream, component_folder
+from athena_backup.names import SetId, new_attempt
+from athena_backup.operation import Operation
+from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
+from athena_backup.postgres.archive_head import ArchiveHead
+from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.cut import Cut, Held
+from athena_backup.postgres.facts import expected_bytes, read_facts, with_dump
+from athena_backup.postgres.sessions import Database, libpq_environment
+from athena_backup.process import Ended, running
+from athena_backup.store import Store
+
+DUMP = "dump.pgc.zst"
+_CHUNK_BYTES = 256 << 10
+_MAGIC = b"PGDMP"
+_LOCK_WAIT_MILLISECONDS = 60_000
+_GLOBALS_LIMIT_BYTES = 64 << 20
+
+# What pg_dump may say without being wrong. True: something was left out, and the manifest has to say so.
+_KNOWN_WARNINGS: tuple[tuple[re.Pattern[str], bool], ...] = (
+    (re.compile(r"^pg_dump: warning: subscriptions not dumped because current user is not a superuser$"), True),
+    (re.compile(r"^pg_dump: warning: there are circular foreign-key constraints"), False),
+    (re.compile(r"^pg_dump: warning: could not resolve dependency loop"), False),
+    (re.compile(r'^WARNING:  database ".*" has a collation version mismatch$'), False),
+    (re.compile(r"^(pg_dump: (detail|hint): |DETAIL:  |HINT:  )"), False),
+)
+_BROKEN_CONNECTION = re.compile(
+    r"server closed the connection|terminating connection|could not connect|connection to server|Connection refused"
+)
+
+
+def write_database(
+    database: Database,
+    cut: Cut,
+    store: Store,
+    set_id: SetId,
+    run_id: str,
+    operation: Operation,
+    *,
+    client_directories: Sequence[Path] = (),
+    part_limit_bytes: int = PART_LIMIT_BYTES,
+) -> Component:
+    """Dump one database of the cut into a new attempt's folder and return its complete `Component`.
+
+    Raises the fault that the cut has for it, `FinalError` for a `pg_dump` that ended badly or said something unknown,
+    `PassingError` for a broken connection while the holders live, and the store's errors. component.json is the caller's.
+    """
+    held = cut.of(database.name)
+    began = datetime.now(UTC)
+    attempt = new_attempt()
+    folder = component_folder(set_id, "database", database.name, attempt)
+    client = find_client("pg_dump", held.identity.version, client_directories)
+    head = ArchiveHead(find_client("pg_restore", client_version(client), [client.parent]), operation)
+    operation.expect(database.name, expected_bytes(held))
+    facts = read_facts(held, operation)
+    dump = _Dump(held, client, head)
+    parts = write_stream(
+        Source(database.name, dump.chunks),
+        store,
+        lambda number: f"{folder}{DUMP}.{number:04}",
+        operation,
+        part_limit_bytes=part_limit_bytes,
+    )
+    held.check()
+    sequences: Sequence[SequenceState] = head.sequences()
+    version = client_version(client)
+    return Component(
+        name=database.name,
+        kind="database",
+        attempt=attempt,
+        run_id=run_id,
+        state="complete",
+        began=began,
+        ended=datetime.now(UTC),
+        streams=(Stream(name=DUMP, parts=parts),),
+        server=held.server,
+        database=with_dump(facts, dump.omitted, sequences, f"{version // 10_000}.{version % 10_000}"),
+    )
+
+
+class _Dump:
+    """One run of `pg_dump` as a `Source`; ``omitted`` is known when its chunks have ended."""
+
+    def __init__(self, held: Held, client: Path, head: ArchiveHead) -> None:
+        self._held = held
+        self._client = client
+        self._head = head
+        self.omitted: list[str] = []
+
+    def chunks(self, operation: Operation) -> Iterator[bytes]:
+        """The dump's bytes; ends without an error only if pg_dump ended well and the holders still live."""
+        command = [
+            *(str(self._client), "--format=custom", "--compress=0", "--no-password"),
+            *(f"--snapshot={self._held.snapshot}", f"--lock-wait-timeout={_LOCK_WAIT_MILLISECONDS}"),
+        ]
+        environment = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LC_ALL": "C",
+            **libpq_environment(self._held.database.url),
+        }
+        seen_bytes = 0
+        with running(command, operation, environment=environment, writes=True) as child:
+            descriptor = child.stdout.fileno()
+            while chunk := os.read(descriptor, _CHUNK_BYTES):
+                operation.check()
+                self._held.check()
+                if seen_bytes == 0 and not chunk.startswith(_MAGIC):
+                    raise FinalError("pg_dump wrote something that is no dump", step="dumping")
+                seen_bytes += len(chunk)
+                self._head.feed(chunk)
+                yield chunk
+            ended = child.wait(operation)
+        operation.check()
+        self._held.check()
+        self._judge(ended, seen_bytes)
+
+    def _judge(self, ended: Ended, seen_bytes: int) -> None:
+        if ended.exit_code != 0:
+            raise self._failure(ended)
+        if seen_bytes == 0:
+            raise FinalError("pg_dump ended with exit code 0 and wrote nothing", step="dumping")
+        for line in ended.stderr:
+            omits = is_known_warning(line)
+            if omits is None:
+                raise FinalError(
+                    f"pg_dump said something that is not known to be harmless: {line}",
+                    next_step="if the dump is right all the same, report the line so that it can be listed as known",
+                    step="dumping",
+                )
+            if omits:
+                self.omitted.append(line.removeprefix("pg_dump: warning: "))
+
+    def _failure(self, ended: Ended) -> AthenaError:
+        said = "\n".join(ended.stderr)
+        if "lock timeout" in said or "could not obtain lock" in said:
+            waiting = "; ".join(self._held.waiting()) or "whoever waited is gone by now"
+            return FinalError(
+                f"pg_dump was refused a table lock: {waiting}",
+                next_step="run DDL outside of backups",
+                step="locking the tables",
+            )
+        if ended.exit_code > 0 and _BROKEN_CONNECTION.search(said):
+            return PassingError(ended.how(), step="dumping")
+        return FinalError(ended.how(), step="dumping")
+
+
+def is_known_warning(line: str) -> bool | None:
+    """What a line of pg_dump's stderr means: True something was left out, False harmless, None unknown."""
+    if not line.strip():
+        return False
+    return next((omits for pattern, omits in _KNOWN_WARNINGS if pattern.search(line)), None)
+
+
+def write_globals(
+    database: Database,
+    number: int,
+    version: int,
+    store: Store,
+    set_id: SetId,
+    operation: Operation,
+    directories: Sequence[Path],
+) -> None:
+    """Store a server's roles, grants and tablespaces for people to read, without passwords; a restore never runs it."""
+    client = find_client("pg_dumpall", version, directories)
+    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(database.url)}
+    command = [str(client), "--globals-only", "--no-role-passwords", "--no-password", f"--database={database.database}"]
+    with running(command, operation, environment=environment, writes=True) as child:
+        read: Callable[[], bytes] = lambda: os.read(child.stdout.fileno(), _CHUNK_BYTES)  # noqa: E731
+        sql = b"".join(iter(read, b""))[:_GLOBALS_LIMIT_BYTES]
+        ended = child.wait(operation)
+    if ended.exit_code != 0:
+        raise FinalError(ended.how(), step="writing the globals")
+    compressed = zstandard.ZstdCompressor(write_checksum=True).compress(sql)
+    store.put(f"{set_id.prefix}globals/{number}.sql.zst", compressed, if_absent=True)

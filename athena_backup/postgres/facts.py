@@ -1,0 +1,138 @@
+"""What no dump of one database holds, read under the cut's snapshot ("PostgreSQL", section 3), and every table's rows.
+
+All of it is data for the manifest; a restore applies it statement by statement (`staging.dress`). An ordinary owner may
+read every catalog that is asked here.
+"""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
+from athena_backup.operation import Operation
+from athena_backup.postgres.cut import Held
+from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql
+
+# Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
+# their rows, so their number says nothing about the dump.
+_COUNTED_TABLES = text(
+    "SELECT n.nspname AS schema_name, c.relname AS name, pg_catalog.pg_table_size(c.oid)::bigint AS size_bytes"
+    " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+    " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
+    " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
+    " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype OPERATOR(pg_catalog.=) 'e')"
+    " ORDER BY n.nspname, c.relname"
+)
+# Every role that something in the database refers to: owners and grantees stand in pg_shdepend.
+_ROLES = text(
+    "SELECT r.rolname AS name, r.rolcanlogin AS can_login, r.rolinherit AS inherit, r.rolcreatedb AS create_database,"
+    " r.rolconnlimit AS connection_limit, ARRAY(SELECT p.rolname::text FROM pg_catalog.pg_auth_members m"
+    " JOIN pg_catalog.pg_roles p ON p.oid OPERATOR(pg_catalog.=) m.roleid"
+    " WHERE m.member OPERATOR(pg_catalog.=) r.oid ORDER BY 1) AS member_of FROM pg_catalog.pg_roles r"
+    " WHERE r.rolname !~ '^pg_' AND r.oid IN ("
+    " SELECT refobjid FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_database d ON d.datname OPERATOR(pg_catalog.=)"
+    " current_database() WHERE s.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_authid'::pg_catalog.regclass"
+    " AND (s.dbid OPERATOR(pg_catalog.=) d.oid OR (s.dbid OPERATOR(pg_catalog.=) 0 AND s.objid OPERATOR(pg_catalog.=) d.oid))"
+    " UNION SELECT datdba FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"
+    " UNION SELECT a.grantee FROM pg_catalog.pg_database, pg_catalog.aclexplode(datacl) a"
+    " WHERE datname OPERATOR(pg_catalog.=) current_database()"
+    " UNION SELECT setrole FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_database d"
+    " ON d.oid OPERATOR(pg_catalog.=) s.setdatabase WHERE d.datname OPERATOR(pg_catalog.=) current_database())"
+    " ORDER BY r.rolname"
+)
+
+
+def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
+    """All facts but the dump's own (``omitted``, ``sequences``, ``dump_version``), under the snapshot of the cut.
+
+    Raises the driver's errors translated; a table hidden by row-level security is an error, never a lower count.
+    """
+    with held.reader_lock, cancelled_with(held.reader, operation):
+        reader = held.reader
+        database = _database_row(reader, held.identity.version)
+        counts = _count_rows(reader, operation)
+        return DatabaseFacts(
+            server=held.server.number if held.server else 0,
+            database=held.database.database,
+            oid=held.oid,
+            **database,
+            labels=_labels(reader, held.oid),
+            settings=_settings(reader, held.oid),
+            roles=tuple(Role.model_validate(dict(row._mapping)) for row in reader.execute(_ROLES)),  # noqa: SLF001 - its API
+            tables=counts,
+            sequences=(),
+            extensions=tuple(
+                Extension(name=row[0], version=row[1])
+                for row in reader.execute(
+                    text("SELECT extname, extversion FROM pg_catalog.pg_extension ORDER BY extname")
+                )
+            ),
+            large_objects=reader.execute(text("SELECT count(*) FROM pg_catalog.pg_largeobject_metadata")).scalar_one(),
+            omitted=(),
+            dump_version="",
+        )
+
+
+def expected_bytes(held: Held) -> int:
+    """About how many bytes a dump will have: what the tables take, without their indexes."""
+    with held.reader_lock:
+        return sum(row.size_bytes or 0 for row in held.reader.execute(_COUNTED_TABLES))
+
+
+def with_dump(
+    facts: DatabaseFacts, omitted: Sequence[str], sequences: Sequence[SequenceState], version: str
+) -> DatabaseFacts:
+    """The facts completed by what the dump itself said."""
+    return facts.model_copy(update={"omitted": tuple(omitted), "sequences": tuple(sequences), "dump_version": version})
+
+
+def _database_row(reader: Connection, version: int) -> dict[str, object]:
+    # The columns of locale and collation have changed with almost every version.
+    provider = "datlocprovider::text" if version >= 150_000 else "'c'"
+    locale = "datlocale" if version >= 170_000 else "daticulocale" if version >= 150_000 else "NULL::text"
+    rules = "daticurules" if version >= 160_000 else "NULL::text"
+    collation = "datcollversion" if version >= 150_000 else "NULL::text"
+    row = run_sql(
+        reader,
+        "SELECT pg_catalog.pg_get_userbyid(datdba) AS owner,"  # noqa: S608 - only constants are put in
+        " CASE WHEN datacl IS NOT NULL THEN ARRAY(SELECT pg_catalog.unnest(datacl)::text) END AS acl,"
+        " pg_catalog.shobj_description(d.oid, 'pg_database') AS comment, datconnlimit AS connection_limit,"
+        " t.spcname AS tablespace, pg_catalog.pg_encoding_to_char(encoding) AS encoding,"
+        f" {provider} AS locale_provider, datcollate AS collate, datctype AS ctype, {locale} AS locale, {rules} AS icu_rules,"
+        f" {collation} AS collation_version, pg_catalog.pg_database_size(d.oid) AS size_bytes"
+        " FROM pg_catalog.pg_database d JOIN pg_catalog.pg_tablespace t ON t.oid OPERATOR(pg_catalog.=) d.dattablespace"
+        " WHERE datname OPERATOR(pg_catalog.=) current_database()",
+    ).one()
+    return dict(row._mapping)  # noqa: SLF001 - its API
+
+
+def _labels(reader: Connection, oid: int) -> tuple[Label, ...]:
+    statement = text(
+        "SELECT provider, label FROM pg_catalog.pg_shseclabel WHERE objoid OPERATOR(pg_catalog.=) CAST(:oid AS oid)"
+        " AND classoid OPERATOR(pg_catalog.=) 'pg_catalog.pg_database'::pg_catalog.regclass ORDER BY provider"
+    )
+    return tuple(Label(provider=row.provider, label=row.label) for row in reader.execute(statement, {"oid": oid}))
+
+
+def _settings(reader: Connection, oid: int) -> tuple[Setting, ...]:
+    statement = text(
+        "SELECT r.rolname AS role, pg_catalog.unnest(s.setconfig) AS setting FROM pg_catalog.pg_db_role_setting s"
+        " LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) s.setrole"
+        " WHERE s.setdatabase OPERATOR(pg_catalog.=) CAST(:oid AS oid) ORDER BY 1 NULLS FIRST, 2"
+    )
+    found = []
+    for row in reader.execute(statement, {"oid": oid}):
+        name, _, value = row.setting.partition("=")
+        found.append(Setting(role=row.role, name=name, value=value))
+    return tuple(found)
+
+
+def _count_rows(reader: Connection, operation: Operation) -> tuple[TableCount, ...]:
+    counts = []
+    for row in reader.execute(_COUNTED_TABLES).all():
+        operation.check()
+        statement = f"SELECT count(*) FROM ONLY {quoted(row.schema_name)}.{quoted(row.name)}"  # noqa: S608 - quoted
+        counts.append(
+            TableCount(schema_name=row.schema_name, name=row.name, rows=run_sql(reader, statement).scalar_one())
+        )
+    return tuple(counts)

@@ -1,0 +1,180 @@
+"""Side databases and the switch: how a staged database takes the live one's name, by OID, in one transaction.
+
+PostgreSQL cuts identifiers at 63 bytes and RENAME is transactional; both facts decide what stands here ("PostgreSQL",
+sections 5 and 6). Nothing here is ever addressed with IF EXISTS, and nothing is renamed or dropped whose OID is not known.
+"""
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy
+from sqlalchemy import URL, Connection, text
+
+from athena_backup.errors import AthenaError, FinalError, PassingError
+from athena_backup.operation import Operation
+from athena_backup.postgres.sessions import Database, quoted, run_sql, session, translated
+
+IDENTIFIER_LIMIT_BYTES = 63
+_NAME_LIMIT_BYTES = 30
+_SIDE_NAME = re.compile(r"__athena_([rb])_[0-9a-f]{12}$")
+_MAINTENANCE_DATABASES = ("postgres", "template1")
+_RENAME_TRIES = 5
+_TERMINATE_EVERY_SECONDS = 0.05
+_FENCE_SECONDS = 30
+
+Side = Literal["r", "b"]
+"""``r``: what a restore is building; ``b``: what was live before it."""
+
+
+def side_name(database: str, side: Side, restore_id: str) -> str:
+    """The name of a side database: the own name cut to 30 bytes at a character, then the restore's 12 hex digits."""
+    cut = database.encode()[:_NAME_LIMIT_BYTES].decode("utf-8", "ignore")
+    name = f"{cut}__athena_{side}_{restore_id}"
+    if len(name.encode()) > IDENTIFIER_LIMIT_BYTES or not _SIDE_NAME.search(name):
+        raise FinalError(f"{name!r} can't be the name of a side database")
+    return name
+
+
+@contextlib.contextmanager
+def maintenance_session(url: URL) -> Iterator[Connection]:
+    """A session in another database of ``url``'s server, from which databases can be created, renamed and dropped.
+
+    Raises what the connection raises when none of the usual maintenance databases can be entered.
+    """
+    errors = []
+    for name in _MAINTENANCE_DATABASES:
+        if name == url.database:
+            continue
+        manager = session(url.set(database=name))
+        try:
+            connection = manager.__enter__()
+        except AthenaError as error:
+            errors.append(error)
+            continue
+        with contextlib.ExitStack() as stack:
+            stack.push(manager)
+            yield connection
+        return
+    raise errors[0] if errors else FinalError(f"no maintenance database for {url.database}")
+
+
+def database_oid(connection: Connection, name: str) -> int | None:
+    """The OID of a database of the server, None where there is none of that name."""
+    statement = text("SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) :name")
+    oid: int | None = connection.execute(statement, {"name": name}).scalar_one_or_none()
+    return oid
+
+
+def drop_database(connection: Connection, name: str, oid: int) -> None:
+    """Drop the database that has this name *and* this OID; raises `FinalError` if the name has another one by now."""
+    found = database_oid(connection, name)
+    if found is None:
+        return
+    if found != oid:
+        raise FinalError(f"database {name} has OID {found}, not {oid}: it is not the one that was made, and it is kept")
+    run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
+
+
+def side_databases(connection: Connection, database: str) -> dict[str, int]:
+    """The side databases that restores of ``database`` have left, with their OIDs.
+
+    Only the holder of the slot may drop them: a living restore's are among them.
+    """
+    rows = connection.execute(
+        text("SELECT datname, oid FROM pg_catalog.pg_database WHERE datname ~ '__athena_[rb]_[0-9a-f]{12}$'")
+    )
+    expected = database.encode()[:_NAME_LIMIT_BYTES].decode("utf-8", "ignore")
+    return {row.datname: row.oid for row in rows if _SIDE_NAME.sub("", row.datname) == expected}
+
+
+@dataclass(frozen=True)
+class Switched:
+    """What a switch did: the name that the replaced database has now, None where there was none."""
+
+    live_oid: int
+    before_name: str | None
+    before_oid: int | None
+
+
+def switch_database(
+    database: Database, staged_oid: int, restore_id: str, namespace: str, operation: Operation
+) -> Switched:
+    """Give the staged database the live name, and what was live its side name, in one transaction.
+
+    Clients of the live database are disconnected, wait for about 0.3 s, and find the new one. Raises `PassingError` when
+    sessions kept coming back through all tries, `FinalError` when the staged database is not the one with this OID; the
+    live database is untouched then.
+    """
+    staged_name = side_name(database.database, "r", restore_id)
+    before_name = side_name(database.database, "b", restore_id)
+    with maintenance_session(database.url) as connection:
+        _fence(connection, namespace, operation)
+        for attempt in range(1, _RENAME_TRIES + 1):
+            operation.check()
+            live_oid = database_oid(connection, database.database)
+            if live_oid == staged_oid:  # a repeated call: the switch was done and only its answer was lost
+                return Switched(staged_oid, before_name, database_oid(connection, before_name))
+            if database_oid(connection, staged_name) != staged_oid:
+                raise FinalError(f"{staged_name} is not the database that was staged: somebody replaced it")
+            try:
+                with _terminating(database.url, [database.database, staged_name]):
+                    _rename(connection, database.database, live_oid, staged_name, before_name)
+                return Switched(staged_oid, before_name if live_oid is not None else None, live_oid)
+            except sqlalchemy.exc.DBAPIError as error:
+                if not isinstance(translated(error), PassingError) or attempt == _RENAME_TRIES:
+                    raise
+        raise AssertionError("the loop above returns or raises")
+
+
+def _rename(connection: Connection, live: str, live_oid: int | None, staged: str, before: str) -> None:
+    # In autocommit, so BEGIN and COMMIT are said here: both renames in one transaction, or none.
+    run_sql(connection, "BEGIN")
+    try:
+        if live_oid is not None:
+            run_sql(connection, f"ALTER DATABASE {quoted(live)} RENAME TO {quoted(before)}")
+        run_sql(connection, f"ALTER DATABASE {quoted(staged)} RENAME TO {quoted(live)}")
+        run_sql(connection, "COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlalchemy.exc.DBAPIError):
+            run_sql(connection, "ROLLBACK")
+        raise
+
+
+def _fence(connection: Connection, namespace: str, operation: Operation) -> None:
+    """Take the namespace's advisory lock: whoever renames holds it, so a process believed dead can't (design.md, 6)."""
+    deadline = time.monotonic() + _FENCE_SECONDS
+    statement = text("SELECT pg_catalog.pg_try_advisory_lock(pg_catalog.hashtext(:name), 1)")
+    while not connection.execute(statement, {"name": f"athena-backup {namespace}"}).scalar_one():
+        if time.monotonic() > deadline:
+            raise PassingError("another process of this service is renaming databases of this server")
+        operation.pause(0.2)
+
+
+@contextlib.contextmanager
+def _terminating(url: URL, names: list[str]) -> Iterator[None]:
+    """While the block lasts, end every session in the named databases again and again: RENAME waits for them to go."""
+    stopped = threading.Event()
+    statement = text(
+        "SELECT count(*) FROM (SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity"
+        " WHERE datname OPERATOR(pg_catalog.=) ANY (:names) AND pid <> pg_catalog.pg_backend_pid()) AS ended"
+    )
+
+    def terminate() -> None:
+        # What this role may not terminate was found by preflight; here RENAME's own error is the one to report.
+        with contextlib.suppress(AthenaError), maintenance_session(url) as connection:
+            while not stopped.is_set():
+                connection.execute(statement, {"names": names})
+                stopped.wait(_TERMINATE_EVERY_SECONDS)
+
+    terminator = threading.Thread(target=terminate, name="terminate-sessions", daemon=True)
+    terminator.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        terminator.join()

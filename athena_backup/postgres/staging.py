@@ -1,0 +1,284 @@
+"""A database of a set, built beside the live one: create, load, prove, dress.
+
+What has to hold before is `preflight`'s. The staged database is created from `template0` with the properties that the
+manifest holds, loaded by `pg_restore` from the stored stream, compared with what the manifest promises, and given what no
+dump of one database holds ("PostgreSQL", section 3). The live database is not touched by anything here.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy
+from sqlalchemy import Connection, text
+
+from athena_backup.errors import AthenaError, DamagedError, FinalError
+from athena_backup.manifest import Component, DatabaseFacts, Setting
+from athena_backup.operation import Operation
+from athena_backup.pipeline import read_stream
+from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.rename import database_oid, drop_database, maintenance_session, side_databases, side_name
+from athena_backup.postgres.sessions import Database, cancelled_with, libpq_environment, quoted, run_sql, session
+from athena_backup.process import running
+from athena_backup.store import Store
+
+# These would hinder the loading's own later sessions, so they come last ("PostgreSQL", section 3).
+_LAST_SETTINGS = ("default_transaction_read_only", "session_preload_libraries", "local_preload_libraries")
+# Setting one of these in our session, to take it over with FROM CURRENT, would change who we are.
+_IDENTITY_SETTINGS = ("role", "session_authorization")
+
+
+@dataclass(frozen=True)
+class StagedDatabase:
+    """A staged database: its side name, and the OID by which alone it is addressed from now on."""
+
+    name: str
+    oid: int
+
+
+def facts_of(component: Component) -> DatabaseFacts:
+    """The facts of a database component; raises `DamagedError` where the manifest has none."""
+    if component.database is None:
+        raise DamagedError("the manifest holds no facts about this database", component=component.name, step="reading")
+    return component.database
+
+
+def missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
+    """The roles that the database refers to and the destination lacks."""
+    wanted = sorted({role.name for role in facts.roles} | {facts.owner})
+    have = set(
+        connection.execute(
+            text("SELECT rolname FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) ANY (:names)"),
+            {"names": wanted},
+        ).scalars()
+    )
+    return [name for name in wanted if name not in have]
+
+
+def create_staging(connection: Connection, facts: DatabaseFacts, target: Database, restore_id: str) -> None:
+    """Create the staging database and the roles that the destination lacks; a staging that exists already is kept."""
+    name = side_name(target.database, "r", restore_id)
+    if database_oid(connection, name) is not None:
+        return
+    createmissing_roles(connection, facts)
+    run_sql(connection, f"CREATE DATABASE {quoted(name)} {_properties(connection, facts)}")
+
+
+def _properties(connection: Connection, facts: DatabaseFacts) -> str:
+    server = connection.execute(text("SELECT pg_catalog.current_setting('server_version_num')::int")).scalar_one()
+    options = [
+        "TEMPLATE template0",
+        f"OWNER {quoted(facts.owner)}",
+        f"ENCODING {_literal(facts.encoding)}",
+        f"LC_COLLATE {_literal(facts.collate)}",
+        f"LC_CTYPE {_literal(facts.ctype)}",
+        f"TABLESPACE {quoted(facts.tablespace)}",
+    ]
+    if server >= 150_000:
+        provider = {"c": "libc", "i": "icu", "b": "builtin"}[facts.locale_provider]
+        options.append(f"LOCALE_PROVIDER {provider}")
+        if facts.locale_provider == "i" and facts.locale:
+            options.append(f"ICU_LOCALE {_literal(facts.locale)}")
+        if facts.locale_provider == "b" and facts.locale:
+            options.append(f"BUILTIN_LOCALE {_literal(facts.locale)}")
+        if facts.icu_rules and server >= 160_000:
+            options.append(f"ICU_RULES {_literal(facts.icu_rules)}")
+    return " ".join(options)
+
+
+def createmissing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
+    """Create the roles that the destination lacks, without a login or any power; memberships only among those."""
+    missing = missing_roles(connection, facts)
+    for name in missing:
+        run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN")
+    for role in facts.roles:
+        for parent in role.member_of:
+            if role.name in missing and parent in missing:
+                run_sql(connection, f"GRANT {quoted(parent)} TO {quoted(role.name)}")
+    return missing
+
+
+def stage_database(
+    component: Component,
+    target: Database,
+    store: Store,
+    restore_id: str,
+    operation: Operation,
+    *,
+    client_directories: Sequence[Path] = (),
+) -> StagedDatabase:
+    """Load the component into its staging database, dress it, and prove it whole; the live one serves on.
+
+    Raises `DamagedError` for stored bytes that are not the written ones, `FinalError` for whatever `pg_restore` or the
+    comparison finds; the caller discards the staging then.
+    """
+    facts = facts_of(component)
+    operation.expect(component.name, component.raw_size_bytes)
+    with maintenance_session(target.url) as connection:
+        create_staging(connection, facts, target, restore_id)
+        name = side_name(target.database, "r", restore_id)
+        oid = database_oid(connection, name)
+        server = connection.execute(text("SELECT pg_catalog.current_setting('server_version_num')::int")).scalar_one()
+    if oid is None:
+        raise FinalError(f"the staging database {name} vanished while it was made")
+    client = restoring_client(facts, server, client_directories)
+    staging_url = target.url.set(database=name)
+    _load(component, Database(component.name, staging_url), client, store, operation)
+    with session(staging_url) as inside, cancelled_with(inside, operation):
+        inside.execute(text("ANALYZE"))
+        _prove(inside, facts, component.name)
+        dress(inside, name, facts)
+    return StagedDatabase(name, oid)
+
+
+def restoring_client(facts: DatabaseFacts, server: int, directories: Sequence[Path]) -> Path:
+    """The `pg_restore` to use: as new as the `pg_dump` that wrote the dump, and as the destination's server."""
+    client = find_client("pg_restore", server, directories)
+    wrote = int("".join(digit for digit in facts.dump_version.split(".")[0] if digit.isdigit()) or 0)
+    if client_version(client) // 10_000 < wrote:
+        client = find_client("pg_restore", wrote * 10_000, directories)
+    return client
+
+
+def _load(component: Component, staging: Database, client: Path, store: Store, operation: Operation) -> None:
+    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(staging.url)}
+    command = [str(client), "--exit-on-error", "--no-password", "--dbname", staging.database]
+    with running(command, operation, environment=environment, reads=True) as child:
+        feeding = _Feeding(child.stdin.fileno(), component, store, operation)
+        thread = threading.Thread(target=feeding.run, name=f"feed-{component.name}", daemon=True)
+        thread.start()
+        ended = child.wait(operation)
+        # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
+        thread.join()
+    if feeding.error is not None:
+        raise feeding.error
+    if ended.exit_code != 0:
+        raise FinalError(ended.how(), next_step="the live database is untouched; correct the cause and restore again")
+    if not feeding.finished:
+        raise FinalError("pg_restore ended before it had read the whole dump")
+
+
+class _Feeding:
+    """A thread's work: the stored stream into the child's stdin, to its verified end."""
+
+    def __init__(self, descriptor: int, component: Component, store: Store, operation: Operation) -> None:
+        self._descriptor = os.dup(descriptor)
+        os.close(descriptor)
+        self._component = component
+        self._store = store
+        self._operation = operation
+        self.error: AthenaError | None = None
+        self.finished = False
+
+    def run(self) -> None:
+        try:
+            for stream in self._component.streams:
+                for chunk in read_stream(self._component.name, stream.parts, self._store, self._operation):
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[os.write(self._descriptor, view) :]
+            self.finished = True
+        except BrokenPipeError:
+            return  # the child's exit code tells why it stopped reading
+        except AthenaError as error:
+            self.error = error
+        finally:
+            os.close(self._descriptor)
+
+
+def _prove(inside: Connection, facts: DatabaseFacts, component: str) -> None:
+    """Compare row counts and sequences with what the manifest promises: an exit code of 0 alone proves nothing."""
+    wrong = []
+    for table in facts.tables:
+        name = f"{quoted(table.schema_name)}.{quoted(table.name)}"
+        rows = run_sql(inside, f"SELECT count(*) FROM ONLY {name}").scalar_one()  # noqa: S608 - quoted identifiers
+        if rows != table.rows:
+            wrong.append(f"{table.schema_name}.{table.name} has {rows} rows instead of {table.rows}")
+    for sequence in facts.sequences:
+        name = f"{quoted(sequence.schema_name)}.{quoted(sequence.name)}"
+        state = run_sql(inside, f"SELECT last_value, is_called FROM {name}").one()  # noqa: S608 - quoted identifiers
+        if (state.last_value, state.is_called) != (sequence.last_value, sequence.is_called):
+            wrong.append(
+                f"sequence {sequence.schema_name}.{sequence.name} stands at {state.last_value}, not {sequence.last_value}"
+            )
+    large_objects = inside.execute(text("SELECT count(*) FROM pg_catalog.pg_largeobject_metadata")).scalar_one()
+    if large_objects != facts.large_objects:
+        wrong.append(f"there are {large_objects} large objects instead of {facts.large_objects}")
+    if wrong:
+        raise DamagedError(
+            f"the staged database is not what the manifest promises: {'; '.join(wrong[:5])}",
+            next_step="the live database is untouched; restore another set",
+            component=component,
+            step="comparing",
+        )
+
+
+def dress(inside: Connection, name: str, facts: DatabaseFacts) -> None:
+    """Give the staging database what hangs on a database's OID and stands in no dump ("PostgreSQL", section 3)."""
+    own = quoted(name)
+    if facts.comment is not None:
+        run_sql(inside, f"COMMENT ON DATABASE {own} IS {_literal(facts.comment)}")
+    for label in facts.labels:
+        run_sql(inside, f"SECURITY LABEL FOR {quoted(label.provider)} ON DATABASE {own} IS {_literal(label.label)}")
+    if facts.acl is not None:
+        _grant(inside, own, facts.acl)
+    run_sql(inside, f"ALTER DATABASE {own} CONNECTION LIMIT {facts.connection_limit:d}")
+    for setting in sorted(facts.settings, key=lambda one: one.name in _LAST_SETTINGS):
+        _apply_setting(inside, own, setting)
+
+
+def _grant(inside: Connection, own: str, acl: Sequence[str]) -> None:
+    run_sql(inside, f"REVOKE ALL ON DATABASE {own} FROM PUBLIC")
+    rows = inside.execute(
+        text(
+            "SELECT a.privilege_type, a.is_grantable, r.rolname FROM"
+            " pg_catalog.aclexplode(CAST(:acl AS pg_catalog.aclitem[])) a"
+            " LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.grantee ORDER BY r.rolname, a.privilege_type"
+        ),
+        {"acl": list(acl)},
+    ).all()
+    for row in rows:
+        grantee = "PUBLIC" if row.rolname is None else quoted(row.rolname)
+        option = " WITH GRANT OPTION" if row.is_grantable else ""
+        run_sql(inside, f"GRANT {row.privilege_type} ON DATABASE {own} TO {grantee}{option}")
+
+
+def _apply_setting(inside: Connection, own: str, setting: Setting) -> None:
+    whom = f"DATABASE {own}" if setting.role is None else f"ROLE {quoted(setting.role)} IN DATABASE {own}"
+    parameter = ".".join(quoted(step) for step in setting.name.split("."))
+    if setting.name.lower() not in _IDENTITY_SETTINGS:
+        # Lists such as search_path are stored unquoted; taking the value over from a session keeps them lists.
+        try:
+            inside.execute(
+                text("SELECT pg_catalog.set_config(:name, :value, false)"),
+                {"name": setting.name, "value": setting.value},
+            )
+            run_sql(inside, f"ALTER {whom} SET {parameter} FROM CURRENT")
+            return
+        except sqlalchemy.exc.DBAPIError:
+            pass  # a parameter that no session may set; its value is then no list either
+        finally:
+            run_sql(inside, f"RESET {parameter}")
+    run_sql(inside, f"ALTER {whom} SET {parameter} TO {_literal(setting.value)}")
+
+
+def discard_staging(target: Database, restore_id: str | None = None) -> list[str]:
+    """Drop the side databases of this restore, or, with None, of every restore: the slot's holder knows they are dead.
+
+    Returns the names. What was live before a switch is among them: its replacement is complete.
+    """
+    dropped = []
+    with maintenance_session(target.url) as connection:
+        for name, oid in side_databases(connection, target.database).items():
+            if restore_id is None or name.endswith(restore_id):
+                drop_database(connection, name, oid)
+                dropped.append(name)
+    return dropped
+
+
+def _literal(value: str) -> str:
+    """A string constant for statements that take no parameters (manual, 4.1.2.1 and 4.1.2.2)."""
+    escaped = value.replace("\\", "\\\\").replace("'", "''")
+    return f"E'{escaped}'"
