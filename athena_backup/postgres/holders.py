@@ -281,8 +281,7 @@ class Holders:
         with self._use, ours():
             now = {(relation.oid, relation.node) for relation in relations(self._l)}
             return all(
-                relation.oid in self._locked and (relation.oid, relation.node) in now
-                for relation in relations(self._s)
+                relation.oid in self._locked and (relation.oid, relation.node) in now for relation in relations(self._s)
             )
 
     def export(self) -> str:
