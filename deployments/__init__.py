@@ -1,0 +1,1 @@
+"""When and where flows run: schedules, deployments, the command line and the foreground service."""

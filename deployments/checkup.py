@@ -1,0 +1,194 @@
+"""`athena-backup check`: says what is wrong before it hurts.
+
+Each look is on its own, so one fault hides no other; what it prints is for the person who has to mend it.
+"""
+
+import itertools
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from athena_backup.schedule import in_words, upcoming
+from sqlalchemy import text
+
+from athena_backup.errors import AthenaError, FinalError, fault_of
+from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.sessions import Database, identity, session
+from athena_backup.settings import Settings
+from athena_backup.store import Store, read_document
+from blocks.stores import open_store
+
+UPCOMING_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One look: what was looked at, whether it is well, and what was seen."""
+
+    subject: str
+    good: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.good else 'FAIL'}  {self.subject}: {self.text}"
+
+
+def findings(settings: Settings, now: datetime | None = None) -> Iterator[Finding]:
+    """Look at everything a backup needs; nothing is changed but a probe object in the store, which goes again."""
+    try:
+        databases = [Database(name, url) for name, url in settings.database_urls.items()]
+    except AthenaError as error:
+        databases = []
+        yield Finding("ATHENA_DATABASES", good=False, text=str(error))
+    if not settings.athena_databases and not settings.athena_volumes:
+        yield Finding(
+            "components", good=False, text="no database and no volume is configured: ATHENA_DATABASES, ATHENA_VOLUMES"
+        )
+    for database in databases:
+        yield _look(f"database {database.name}", lambda: check_database(database, settings.athena_pg_bin))  # noqa: B023
+    yield from _volume_findings(settings)
+    yield _look("store", lambda: check_store(settings))
+    yield from _schedule_findings(settings, now or datetime.now(UTC))
+
+
+def _look(subject: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, good=True, text=look())
+    except AthenaError as error:
+        return Finding(subject, good=False, text=str(error))
+    except OSError as error:
+        return Finding(subject, good=False, text=fault_of(error).cause)
+
+
+def check_database(database: Database, client_directories: list[Path]) -> str:
+    """That the database is reachable and every table readable, directly and not through a pooler, and pg_dump new enough."""
+    with session(database.url) as connection:
+        server = identity(connection)
+        unreadable = [
+            str(name)
+            for name in connection.execute(
+                text(
+                    "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c"
+                    " JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+                    " WHERE c.relkind IN ('r', 'p', 'S') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
+                    " AND NOT CASE c.relkind WHEN 'S' THEN pg_catalog.has_sequence_privilege(c.oid, 'SELECT')"
+                    " ELSE pg_catalog.has_table_privilege(c.oid, 'SELECT') END LIMIT 6"
+                )
+            ).scalars()
+        ]
+        hidden = [
+            str(name)
+            for name in connection.execute(
+                text(
+                    "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c"
+                    " JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+                    " JOIN pg_catalog.pg_roles r ON r.rolname OPERATOR(pg_catalog.=) current_user"
+                    " WHERE c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls AND"
+                    " (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')) LIMIT 6"
+                )
+            ).scalars()
+        ]
+    if unreadable:
+        raise FinalError(
+            f"may not be read: {', '.join(unreadable)}", next_step="GRANT SELECT on them to the backup's role"
+        )
+    if hidden:
+        raise FinalError(
+            f"row-level security hides rows of {', '.join(hidden)} from the backup's role",
+            next_step="ALTER ROLE ... BYPASSRLS, or back up as a role that sees all rows",
+        )
+    dump = find_client("pg_dump", server.version, client_directories)
+    find_client("pg_restore", server.version, client_directories)
+    version = f"{server.version // 10_000}.{server.version % 10_000}"
+    return f"PostgreSQL {version}, readable; {dump} is version {client_version(dump) // 10_000}"
+
+
+def _volume_findings(settings: Settings) -> Iterator[Finding]:
+    for name, directory in settings.athena_volumes.items():
+        yield _look(f"volume {name}", lambda: check_volume(directory))  # noqa: B023
+    yield from (Finding("volumes", good=False, text=overlap) for overlap in overlaps(settings))
+
+
+def check_volume(directory: Path) -> str:
+    """That the volume is a directory that is there and whose entries can be read."""
+    if not directory.is_absolute():
+        raise FinalError(f"{directory} is not an absolute path")
+    if not directory.is_dir():
+        raise FinalError(f"{directory} is not a directory", next_step="mount it, or correct ATHENA_VOLUMES")
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise FinalError(f"{directory} may not be read by this user", next_step="run the service as a user that may")
+    with os.scandir(directory) as found:
+        unreadable = next((one.name for one in found if not os.access(one.path, os.R_OK, follow_symlinks=False)), None)
+    if unreadable is not None:
+        raise FinalError(
+            f"{directory}/{unreadable} may not be read by this user", next_step="run the service as one that may"
+        )
+    if directory.is_mount():
+        return f"{directory}, a mount point, readable"
+    return f"{directory}, readable"
+
+
+def overlaps(settings: Settings) -> list[str]:
+    """Volumes that lie in one another, or that hold the local store or our own state ("volumes", section 5)."""
+    places = {f"volume {name}": Path(os.path.realpath(path)) for name, path in settings.athena_volumes.items()}
+    forbidden = {"ATHENA_HOME": Path(os.path.realpath(settings.athena_home))}
+    if settings.object_store_location_type == "local":
+        forbidden["the store"] = Path(os.path.realpath(settings.object_store_location_local))
+    among = [
+        f"{name} and {other} lie in one another: each byte has to belong to one component"
+        for name, other in itertools.combinations(places, 2)
+        if _overlap(places[name], places[other])
+    ]
+    with_ours = [
+        f"{name} and {what} lie in one another: a backup must not back itself up, nor a restore replace it"
+        for name, what in itertools.product(places, forbidden)
+        if _overlap(places[name], forbidden[what])
+    ]
+    return among + with_ours
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
+
+
+def check_store(settings: Settings) -> str:
+    """That the store can be written, read and deleted in, and that a second create of one key is refused ("stores", 1)."""
+    store = open_store(settings)
+    key = f"{settings.athena_namespace}/operations/probe-{secrets.token_hex(6)}"
+    try:
+        if not store.put(key, b"probe", if_absent=True):
+            raise FinalError("a probe object that nobody made exists already")
+        if store.put(key, b"other", if_absent=True):
+            raise FinalError("it lets two writers create one object", next_step="use another file system for the store")
+        if read_document(store, key) != b"probe":
+            raise FinalError("it gives back other bytes than were written")
+    finally:
+        store.delete([key])
+    return f"{settings.object_store_location_type} {store.location.place}, writable{_room(settings, store)}"
+
+
+def _room(settings: Settings, store: Store) -> str:
+    if settings.object_store_location_type != "local":
+        return ""
+    status = os.statvfs(store.location.place)
+    return f", {status.f_bavail * status.f_frsize / (1 << 30):.1f} GiB free"
+
+
+def _schedule_findings(settings: Settings, now: datetime) -> Iterator[Finding]:
+    schedule = settings.schedule
+    if not settings.enable_regular_backups:
+        yield Finding(
+            "schedule", good=True, text=f"off (ENABLE_REGULAR_BACKUPS=false); it would be: {in_words(schedule)}"
+        )
+    else:
+        yield Finding("schedule", good=True, text=in_words(schedule))
+    for instant in upcoming(schedule, now, UPCOMING_RUNS):
+        yield Finding("next run", good=True, text=f"{instant:%a %Y-%m-%d %H:%M:%S} UTC")
+    yield Finding(
+        "retention",
+        good=True,
+        text="this version deletes no set by itself: BACKUP_RETENTION_COUNT and BACKUP_RETENTION_PERIOD are read, not applied",
+    )

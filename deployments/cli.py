@@ -1,0 +1,224 @@
+"""The command `athena-backup`. Thin: each command reads settings, calls one function, and prints for a person.
+
+Prefect is imported only by the commands that need it, and only after its address is known: it reads its settings when it
+is imported.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated
+
+import httpx
+import typer
+
+from athena_backup.catalog import list_sets
+from athena_backup.errors import AthenaError, FinalError
+from athena_backup.names import InvalidNameError, SetId
+from athena_backup.settings import Settings, load_settings, shown
+
+app = typer.Typer(
+    name="athena-backup",
+    help="Backs up and restores a platform's databases and volumes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    app()
+
+
+def _told(command: Callable[..., int]) -> Callable[..., None]:
+    """Errors as one clear line and exit code 1, never a trace; the trace is in the log of whoever asks for it."""
+
+    @wraps(command)
+    def run(*arguments: object, **options: object) -> None:
+        try:
+            code = command(*arguments, **options)
+        except (AthenaError, InvalidNameError) as error:
+            logging.getLogger("athena_backup").debug("the command failed", exc_info=True)
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except httpx.HTTPError as error:
+            typer.echo(f"error: the Prefect server does not answer ({error}); is `athena-backup up` running?", err=True)
+            raise typer.Exit(1) from None
+        raise typer.Exit(code)
+
+    return run
+
+
+@app.command()
+@_told
+def up() -> int:
+    """Run the whole service in the foreground: Prefect server with UI, runner, API. Ctrl-C stops all of it."""
+    from deployments.service import up as run_service
+
+    return run_service(load_settings(), say=_say)
+
+
+@app.command()
+@_told
+def check(
+    *, show_settings: Annotated[bool, typer.Option("--settings", help="Show every setting first.")] = False
+) -> int:
+    """Say what is wrong before it hurts: databases, programs, volumes, store, schedule."""
+    from deployments.checkup import findings
+
+    settings = load_settings()
+    if show_settings:
+        for name, value in shown(settings).items():
+            typer.echo(f"{name}={json.dumps(value) if isinstance(value, dict | list) else value}")
+        typer.echo("")
+    bad = 0
+    for finding in findings(settings):
+        typer.echo(str(finding))
+        bad += not finding.good
+    typer.echo("" if not bad else f"\n{bad} thing(s) to mend")
+    return 1 if bad else 0
+
+
+@app.command()
+@_told
+def init() -> int:
+    """Make the directory of a local store a store, even if it is not empty, and remember it as the right one."""
+    from pathlib import Path
+
+    from athena_backup.store.local import initialize, remember
+
+    settings = load_settings()
+    if settings.object_store_location_type != "local":
+        raise FinalError(
+            "only a local store is made by init", next_step="create the bucket or container with its own tools"
+        )
+    place = settings.object_store_location_local
+    identifier = initialize(Path(place))
+    remember(place, identifier, settings.athena_home / "stores.json")
+    typer.echo(f"{place} is the store {identifier}")
+    return 0
+
+
+@app.command()
+@_told
+def key() -> int:
+    """Make a new API key in place of the kept one and show it; the API takes it after the service's next start."""
+    settings = _with_prefect()
+    if settings.athena_api_keys:
+        raise FinalError(
+            "the keys are given by ATHENA_API_KEYS", next_step="change them there, then start the service again"
+        )
+    from blocks.keys import make_key
+
+    typer.echo(make_key(settings.athena_namespace))
+    return 0
+
+
+@app.command()
+@_told
+def backup(
+    *,
+    only_databases: Annotated[bool, typer.Option(help="Leave the volumes out.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait for the end and tell how it went.")] = True,
+) -> int:
+    """Take a backup now, through the running service."""
+    settings = _with_prefect()
+    from prefect.client.orchestration import get_client
+
+    from blocks.stores import open_store
+    from flows.requests import BackupRequest
+    from flows.runs import start_backup
+
+    request = BackupRequest(only_databases=only_databases)
+    with get_client(sync_client=True) as client:
+        run = start_backup(client, open_store(settings), settings.athena_namespace, request)
+    typer.echo(f"backup {run.set_id} started")
+    return _await(settings, run.set_id, "backup") if wait else 0
+
+
+@app.command()
+@_told
+def restore(
+    which: Annotated[str, typer.Argument(metavar="[NAMESPACE/]TIMESTAMP", help="The backup set.")],
+    *,
+    skip: Annotated[list[str] | None, typer.Option(help="A component to leave alone; may be repeated.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the end and tell how it went.")] = True,
+) -> int:
+    """Overwrite this service's databases and volumes with a backup set, through the running service."""
+    settings = _with_prefect()
+    from prefect.client.orchestration import get_client
+
+    from athena_backup.catalog import whole_manifest
+    from blocks.stores import open_store
+    from flows.requests import RestoreRequest
+    from flows.runs import start_restore
+
+    set_id = SetId.parse(which, settings.athena_namespace)
+    whole_manifest(open_store(settings), set_id)
+    request = RestoreRequest(timestamp=str(set_id.timestamp), source_namespace=set_id.namespace, skip=skip or [])
+    with get_client(sync_client=True) as client:
+        run = start_restore(client, settings.athena_namespace, request)
+    typer.echo(f"restore {run.set_id} started")
+    return _await(settings, run.set_id, "restore") if wait else 0
+
+
+@app.command("list")
+@_told
+def list_() -> int:
+    """List the backup sets of the own namespace, oldest first."""
+    from blocks.stores import open_store
+
+    settings = load_settings()
+    for entry in list_sets(open_store(settings), settings.athena_namespace):
+        typer.echo(f"{entry.set_id.timestamp}  {entry.status}")
+    return 0
+
+
+def _await(settings: Settings, set_id: SetId, kind: str) -> int:
+    from prefect.client.orchestration import get_client
+
+    from flows.runs import BACKUP, RESTORE, finished_components, list_runs
+
+    told: set[str] = set()
+    with get_client(sync_client=True) as client:
+        while True:
+            operation = BACKUP if kind == "backup" else RESTORE
+            [run, *_] = list_runs(client, operation, settings.athena_namespace, timestamp=set_id.timestamp, limit=1)
+            for name in sorted(finished_components(client, run) - told):
+                told.add(name)
+                typer.echo(f"  {name} done")
+            if run.ended:
+                typer.echo(run.message or str(run.outcome))
+                return 0 if run.outcome == "success" else 1
+            time.sleep(1)
+
+
+def _with_prefect() -> Settings:
+    """The settings, with Prefect's address in the environment: PREFECT_API_URL, else that of the running service."""
+    settings = load_settings()
+    address = settings.prefect_api_url
+    if address is None:
+        try:
+            address = json.loads((settings.athena_home / "service.json").read_text())["prefect_api_url"]
+        except (OSError, ValueError, KeyError):
+            raise FinalError(
+                "no service runs here", next_step="start `athena-backup up`, or set PREFECT_API_URL to a Prefect server"
+            ) from None
+    os.environ["PREFECT_API_URL"] = str(address)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    return settings
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""`athena-backup up`: the whole service as one process tree in the foreground.
+
+A Prefect server with its UI (unless PREFECT_API_URL names one), the runner of the served deployments, and the adapter.
+When any of them ends, all end: whoever supervises the command starts it again, and it picks up where it stopped.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import FrameType
+
+import httpx
+
+from athena_backup.errors import FinalError
+from athena_backup.settings import Settings
+from deployments.tree import ProcessTree
+
+_LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
+_READY_MARK = "ATHENA_START_MARK"
+"""Names the environment variable that lets `up` tell its own runner's deployments from those of an earlier start."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where a started service can be reached."""
+
+    api_url: str
+    prefect_url: str
+    new_key: str | None
+    """The API key, if this start made it: it can't be shown again."""
+
+
+def service_environment(settings: Settings, prefect_api_url: str) -> dict[str, str]:
+    """The environment of every process of the service."""
+    return {
+        **os.environ,
+        "PREFECT_API_URL": prefect_api_url,
+        "PREFECT_HOME": str(settings.prefect_home.absolute()),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # In the server's memory, the default, a killed server leaves the slot taken for ever (tried).
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": _LEASES_ON_DISK,
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
+        "PREFECT_LOGGING_SERVER_LEVEL": os.environ.get("PREFECT_LOGGING_SERVER_LEVEL", "WARNING"),
+        "PREFECT_CLI_PROMPT": "false",
+    }
+
+
+@contextlib.contextmanager
+def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterator[tuple[Running, ProcessTree]]:
+    """Start the service; the block has it running, and leaving the block stops it.
+
+    Raises `FinalError` if another one runs on the same ATHENA_HOME, a port is taken, or a part won't start.
+    """
+    settings.athena_home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _only_one(settings), ProcessTree() as tree:
+        own_server = settings.prefect_api_url is None
+        prefect_port = _port("127.0.0.1", settings.athena_prefect_port, "ATHENA_PREFECT_PORT") if own_server else 0
+        prefect_api_url = settings.prefect_api_url or f"http://127.0.0.1:{prefect_port}/api"
+        api_port = _port(settings.athena_api_host, settings.athena_api_port, "ATHENA_API_PORT")
+        environment = service_environment(settings, prefect_api_url)
+        os.environ.update({name: value for name, value in environment.items() if name.startswith("PREFECT_")})
+        if own_server:
+            say("starting the Prefect server ...")
+            tree.start(
+                "the Prefect server",
+                _uvicorn("prefect.server.api.server:create_app", "127.0.0.1", prefect_port),
+                environment,
+                is_ready=lambda: _answers(f"{prefect_api_url}/health"),
+            )
+        elif not _answers(f"{prefect_api_url}/health"):
+            raise FinalError(
+                f"the Prefect server at {prefect_api_url} does not answer", next_step="check PREFECT_API_URL"
+            )
+        # Imported only now: Prefect reads its settings, the server's address among them, when it is imported.
+        from deployments import preparation
+
+        new_key = preparation.prepare(settings)
+        say("starting the runner ...")
+        mark = secrets.token_hex(8)
+        tree.start(
+            "the runner",
+            [sys.executable, "-m", "deployments.runner"],
+            {**environment, _READY_MARK: mark},
+            is_ready=lambda: preparation.is_served(settings, mark),
+        )
+        preparation.catch_up(settings, datetime.now(UTC))
+        say("starting the API ...")
+        tree.start(
+            "the API",
+            _uvicorn("deployments.api:create", settings.athena_api_host, api_port),
+            environment,
+            is_ready=lambda: _answers(f"{_url(settings.athena_api_host, api_port)}/athena/api/v1/openapi.json"),
+        )
+        with _announced(settings, prefect_api_url):
+            yield Running(_url(settings.athena_api_host, api_port), prefect_api_url.removesuffix("/api"), new_key), tree
+
+
+def up(settings: Settings, *, say: Callable[[str], None]) -> int:
+    """Run the service until Ctrl-C, SIGTERM or the end of one of its parts; the exit code of the command."""
+    with stop_signals() as stopped:
+        with running_service(settings, say=say) as (running, tree):
+            for line in announcement(running):
+                say(line)
+            ended = None
+            while not stopped.wait(0.5) and ended is None:
+                ended = tree.ended()
+            say("stopping ...")
+        if ended is not None:
+            say(f"{ended[0]} ended with exit code {ended[1]}, so the service was stopped; start it again")
+            return 1
+        say("stopped")
+        return 0
+
+
+def announcement(running: Running) -> Sequence[str]:
+    """What a person wants to know of a service that has started."""
+    key = ["", f"API key (shown only this once; `athena-backup key` makes another): {running.new_key}"]
+    return [
+        "",
+        f"API:          {running.api_url}/athena/api/v1",
+        f"OpenAPI page: {running.api_url}/athena/api/v1/docs",
+        f"Prefect UI:   {running.prefect_url}",
+        f"Prefect API:  {running.prefect_url}/api",
+        *(key if running.new_key else []),
+        "",
+        "Ctrl-C stops everything.",
+    ]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that is set by Ctrl-C or SIGTERM while the block lasts; a second Ctrl-C interrupts at once."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        if stopped.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopped.set()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    with (settings.athena_home / "up.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FinalError(
+                f"the service runs already on {settings.athena_home}",
+                next_step="stop it first, or set another ATHENA_HOME",
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _announced(settings: Settings, prefect_api_url: str) -> Iterator[None]:
+    """Leave the address of the own Prefect server where the other commands of this ATHENA_HOME find it."""
+    note = settings.athena_home / "service.json"
+    note.write_text(json.dumps({"prefect_api_url": prefect_api_url}), encoding="utf-8")
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _port(host: str, port: int, variable: str) -> int:
+    """``port`` if nobody listens there, a free one for 0; raises `FinalError` that names the setting."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise FinalError(
+                f"can't listen on {host} port {port}: {error.strerror}",
+                next_step=f"free it, or set {variable} to another port",
+            ) from None
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def _uvicorn(factory: str, host: str, port: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "uvicorn", "--factory", factory, "--host", host, "--port", str(port)),
+        *("--log-level", "warning", "--timeout-graceful-shutdown", "5"),
+    ]
+
+
+def _url(host: str, port: int) -> str:
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False

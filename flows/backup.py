@@ -1,0 +1,178 @@
+"""The backup: claim the slot, cut the databases, read every component, close the set.
+
+Read `backup` from top to bottom: that is all a backup does. What each step means in bytes is the engine's business.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from athena_backup.volume_archive import Volume, write_volume
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import wait
+from prefect.states import Completed, Failed
+from prefect.tasks import exponential_backoff
+
+from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component
+from athena_backup.catalog import find_set
+from athena_backup.errors import AthenaError, FinalError, fault_of
+from athena_backup.manifest import Manifest
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.sessions import Database
+from athena_backup.settings import Settings
+from flows.operating import (
+    SlotTakenError,
+    Working,
+    component_work,
+    free_slot,
+    is_passing,
+    operating,
+    run_log,
+    task_threads,
+)
+from flows.progress import in_units
+from flows.requests import BackupRequest
+from flows.runs import BACKUP, SKIPPED
+
+RETRYING: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_passing,
+}
+
+
+@flow(name=BACKUP, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
+def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B008 - Prefect shows the default in its form
+    """Take a full backup of every configured database and volume into the configured store."""
+    try:
+        with operating(BACKUP) as working:
+            databases = databases_of(working.settings)
+            volumes = [] if request.only_databases else volumes_of(working.settings)
+            expected = [
+                *(Expected(one.name, "database") for one in databases),
+                *(Expected(one.name, "volume") for one in volumes),
+            ]
+            refuse_foreign_set(working)
+            with cut_of(databases, working):
+                wait(
+                    [
+                        *(back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases),
+                        *(back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes),
+                    ]
+                )
+            outcome = close_set(
+                working.store,
+                working.set_id,
+                expected,
+                working.fault_list(),
+                run_id=str(working.run_id),
+                began=working.began,
+                only_databases=request.only_databases,
+                cancelled=working.operation.cancelled,
+            )
+    except SlotTakenError:
+        return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
+    except AthenaError as error:
+        run_log().error("the backup failed", exc_info=True)
+        return Failed(message=str(error.fault(step="preparing the backup")))
+    if isinstance(outcome, Manifest):
+        size_bytes = sum(part.size_bytes for component in outcome.components for part in component.parts)
+        return Completed(
+            message=f"{outcome.set_id}: {len(outcome.components)} components, {in_units(size_bytes)} stored"
+        )
+    return Failed(message=outcome.status)
+
+
+@task(name="back up database", tags=["database", "step:backup"], **RETRYING)
+def back_up_database(name: str) -> None:
+    """Dump one database under the cut that the flow holds."""
+
+    def work(working: Working) -> None:
+        if working.cut is None:
+            raise FinalError("the flow holds no cut")
+        [database] = [one for one in databases_of(working.settings) if one.name == name]
+        with component_document(working, Expected(name, "database")):
+            component = write_database(
+                database,
+                working.cut,
+                working.store,
+                working.set_id,
+                str(working.run_id),
+                working.operation,
+                client_directories=working.settings.athena_pg_bin,
+            )
+            put_component(working.store, working.set_id, component)
+
+    component_work(name, "dumping", work)
+
+
+@task(name="back up volume", tags=["volume", "step:backup"], **RETRYING)
+def back_up_volume(name: str) -> None:
+    """Archive one volume; a complete archive of an earlier try of this run is kept."""
+
+    def work(working: Working) -> None:
+        [volume] = [one for one in volumes_of(working.settings) if one.name == name]
+        if complete_attempt(working.store, working.set_id, Expected(name, "volume")) is not None:
+            return
+        with component_document(working, Expected(name, "volume")):
+            component = write_volume(
+                volume,
+                working.store,
+                working.set_id,
+                str(working.run_id),
+                working.operation,
+                torn_limit=working.settings.athena_torn_limit,
+            )
+            put_component(working.store, working.set_id, component)
+
+    component_work(name, "archiving", work)
+
+
+@contextlib.contextmanager
+def cut_of(databases: Sequence[Database], working: Working) -> Iterator[None]:
+    """Hold the cut over all databases for the length of the block."""
+    with hold_cut(
+        databases,
+        working.operation,
+        lock_timeout_seconds=working.settings.athena_lock_timeout_seconds,
+        ddl_wait_limit_seconds=working.settings.athena_ddl_wait_seconds,
+    ) as working.cut:
+        yield
+
+
+@contextlib.contextmanager
+def component_document(working: Working, expected: Expected) -> Iterator[None]:
+    """Leave a component.json that says why, where the block fails; the store may be what failed, so none is no new error."""
+    began = datetime.now(UTC)
+    try:
+        yield
+    except Exception as error:
+        fault = fault_of(error, component=expected.name, step="dumping" if expected.kind == "database" else "archiving")
+        with contextlib.suppress(AthenaError):
+            put_failed_component(working.store, working.set_id, expected, str(working.run_id), began, fault)
+        raise
+
+
+def refuse_foreign_set(working: Working) -> None:
+    """Raise `FinalError` if the timestamp's set was written by another run: two sets never share one."""
+    entry = find_set(working.store, working.set_id)
+    document = entry and (entry.manifest or entry.failure)
+    if document and document.run_id != str(working.run_id):
+        raise FinalError(f"there is a set {working.set_id} already", next_step="start another backup")
+
+
+def databases_of(settings: Settings) -> list[Database]:
+    """The configured databases, in their order."""
+    return [Database(name, url) for name, url in settings.database_urls.items()]
+
+
+def volumes_of(settings: Settings) -> list[Volume]:
+    """The configured volumes, in their order."""
+    return [Volume(name, directory) for name, directory in settings.athena_volumes.items()]

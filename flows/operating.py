@@ -1,0 +1,210 @@
+"""What every backup and restore does before and after its own work: identity, slot, signals, progress, the last state.
+
+`operating` is entered as a flow's first act. Inside it the flow holds the namespace's slot, its run carries the name and
+tags by which it is found again, every dead predecessor is buried, and SIGTERM or a lost slot reach the `Operation` first.
+"""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.context import FlowRunContext
+from prefect.flows import Flow
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import Task
+
+from athena_backup.errors import Fault, FinalError, fault_of
+from athena_backup.names import InvalidNameError, SetId, Timestamp
+from athena_backup.operation import Operation
+from athena_backup.postgres.cut import Cut
+from athena_backup.postgres.staging import StagedDatabase
+from athena_backup.settings import Settings, load_settings
+from athena_backup.store import Store
+from blocks.stores import open_store
+from flows.progress import ProgressArtifact
+from flows.runs import Kind, reconcile, run_name, run_tags
+from flows.slot import claim, ensure_limit, held, release, renew
+
+logger = logging.getLogger("athena_backup.flows")
+
+
+class SlotTakenError(Exception):
+    """Another operation has the slot: this run ends as skipped."""
+
+
+@dataclass
+class Working:
+    """What a flow and its tasks share inside one process; never a task parameter, so nothing of it reaches Prefect."""
+
+    settings: Settings
+    store: Store
+    operation: Operation
+    run_id: UUID
+    set_id: SetId
+    jobs: threading.BoundedSemaphore
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    faults: dict[str, Fault] = field(default_factory=dict)
+    """The last fault of each component; a later success takes it away."""
+    cut: Cut | None = None
+    """Of a backup: the cut that the flow holds while its tasks read."""
+    staged: dict[str, StagedDatabase] = field(default_factory=dict)
+    """Of a restore: the staged databases by component, which their switches address."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each component took, by name."""
+
+    def fault_list(self) -> list[Fault]:
+        """The faults in the order in which they happened."""
+        return sorted(self.faults.values(), key=lambda fault: fault.at)
+
+
+WORKING: ContextVar[Working] = ContextVar("working")
+"""Set by the flow, read by its tasks, which run in copies of its context."""
+
+
+@contextlib.contextmanager
+def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
+    """Hold the slot for one operation; ``source`` is the set of a restore, a backup's own timestamp is the run's.
+
+    Raises `SlotTakenError`, `ConfigurationError` and the store's errors before anything was begun.
+    """
+    settings = load_settings()
+    run = _own_run()
+    namespace = settings.athena_namespace
+    set_id = source or SetId(namespace, _timestamp(run))
+    operation = Operation.lasting(settings.athena_operation_timeout_seconds)
+    with get_client(sync_client=True) as client:
+        lease = _adopt(client, namespace, run)
+        try:
+            client.update_flow_run(run.id, name=run_name(kind, set_id), tags=_tags(run, namespace, set_id, kind, lease))
+            store = open_store(settings)
+            reconcile(client, store, namespace, lease=lease, own=run.id)
+        except BaseException:
+            release(client, lease)
+            raise
+    progress = ProgressArtifact(operation, run.id)
+    with held(lease, operation, run_id=run.id, every_look=progress.publish), _signals(operation):
+        working = Working(settings, store, operation, run.id, set_id, threading.BoundedSemaphore(settings.athena_jobs))
+        token = WORKING.set(working)
+        try:
+            yield working
+        finally:
+            WORKING.reset(token)
+            progress.publish(last=True)
+
+
+def component_work(component: str, step: str, work: Callable[[Working], None]) -> None:
+    """The body of every component's task: run ``work`` in its turn, and keep the fault if it fails.
+
+    The error goes on to Prefect, which logs its trace and decides on a retry (`is_passing`).
+    """
+    working = WORKING.get()
+    with working.jobs:
+        began = time.monotonic()
+        try:
+            working.operation.check()
+            work(working)
+        except Exception as error:
+            working.faults[component] = fault_of(error, component=component, step=step)
+            raise
+        working.faults.pop(component, None)
+        working.seconds[component] = working.seconds.get(component, 0) + time.monotonic() - began
+
+
+def is_passing(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task may be tried again (a `retry_condition_fn`)."""
+    del task, state
+    working = WORKING.get(None)
+    fault = working.faults.get(run.name) if working is not None else None
+    return fault is not None and fault.passing and working is not None and not working.operation.cancelled
+
+
+def task_threads() -> "TaskRunner[PrefectFuture[Any]]":
+    """Threads for a flow's tasks; how many of them work at once is ATHENA_JOBS, which is read when the flow begins."""
+    return cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=16))
+
+
+def free_slot(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook of the runner for a crashed run: its process is gone, so its lease need not run out by itself."""
+    del flow, state
+    for tag in flow_run.tags:
+        if tag.startswith("lease:"):
+            with get_client(sync_client=True) as client:
+                release(client, UUID(tag.removeprefix("lease:")))
+
+
+def _own_run() -> FlowRun:
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        raise FinalError("this runs only as a Prefect flow", next_step="start it through its deployment")
+    return context.flow_run
+
+
+def _timestamp(run: FlowRun) -> Timestamp:
+    for tag in run.tags:
+        if tag.startswith("timestamp:"):
+            with contextlib.suppress(InvalidNameError):
+                return Timestamp.parse(tag.removeprefix("timestamp:"))
+    return Timestamp.of(run.expected_start_time or datetime.now(UTC))
+
+
+def _adopt(client: SyncPrefectClient, namespace: str, run: FlowRun) -> UUID:
+    """The lease that was handed to this run, or, where there is none or it has ended, one of its own."""
+    for tag in run.tags:
+        if tag.startswith("lease:"):
+            lease = UUID(tag.removeprefix("lease:"))
+            if renew(client, lease):
+                return lease
+    ensure_limit(client, namespace)
+    own = claim(client, namespace)
+    if own is None:
+        raise SlotTakenError
+    return own
+
+
+def _tags(run: FlowRun, namespace: str, set_id: SetId, kind: Kind, lease: UUID) -> list[str]:
+    ours = ("namespace:", "timestamp:", "source:", "lease:")
+    return [*(tag for tag in run.tags if not tag.startswith(ours)), *run_tags(namespace, set_id, kind, lease)]
+
+
+@contextlib.contextmanager
+def _signals(operation: Operation) -> Iterator[None]:
+    """SIGTERM sets the token first; Prefect's own handler comes after the flow has put its things in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(number)
+        operation.cancel("cancelled, or the service was stopped")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if received and callable(previous):
+            previous(received[0], None)
+
+
+def run_log() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """The run's own log, which Prefect's UI shows; the process's log outside of a run."""
+    try:
+        return get_run_logger()
+    except Exception:  # noqa: BLE001 - Prefect's own error type for it is not public
+        return logger

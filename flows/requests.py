@@ -1,0 +1,52 @@
+"""What a backup or restore is asked for: the typed parameters of the flows, which Prefect's UI shows as forms."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from athena_backup.names import RESERVED_COMPONENT_NAME, SetId, Timestamp, parse_namespace
+
+
+def _timestamp_text(text: str) -> str:
+    return str(Timestamp.parse(text))
+
+
+class BackupRequest(BaseModel):
+    """A backup of everything that is configured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    only_databases: bool = Field(default=False, title="Only databases", description="Leave the volumes out of the set.")
+
+
+class RestoreRequest(BaseModel):
+    """A restore of one backup set into this service's own databases and volumes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timestamp: Annotated[str, AfterValidator(_timestamp_text)] = Field(
+        description="Timestamp of the backup set, such as 2023-02-02t16-00-00. What is live is overwritten."
+    )
+    source_namespace: Annotated[str, AfterValidator(parse_namespace)] | None = Field(
+        default=None,
+        title="Source namespace",
+        description="The namespace that the set was taken in; none: this service's own.",
+    )
+    skip: list[str] = Field(
+        default=[], description="Components that are left alone, by name; `postgres` stands for all databases."
+    )
+    skip_health_check_before: bool = Field(
+        default=False, description="Don't ask ATHENA_HEALTH_URLS before the restore."
+    )
+    skip_health_check_after: bool = Field(default=False, description="Don't ask ATHENA_HEALTH_URLS after the restore.")
+    report: bool = Field(
+        default=False, description="Write a report with the time that each component took, as an artifact."
+    )
+
+    def set_id(self, own_namespace: str) -> SetId:
+        """Which set is to be restored."""
+        return SetId(self.source_namespace or own_namespace, Timestamp.parse(self.timestamp))
+
+    def skips(self, name: str, *, is_database: bool) -> bool:
+        """Whether a component is left alone."""
+        return name in self.skip or (is_database and RESERVED_COMPONENT_NAME in self.skip)

@@ -1,0 +1,282 @@
+"""The restore: claim the slot, find every fault first, build each component beside the live one, switch it.
+
+Each component is switched alone, as soon as it is staged and proven: a restore that fails leaves the components whose
+switch came before as at the backup, and the others as they were; its status says which are which.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.futures import wait
+from prefect.states import Completed, Failed
+
+from athena_backup.catalog import whole_manifest
+from athena_backup.errors import AthenaError, Fault, FinalError, UnavailableError, fault_of
+from athena_backup.manifest import Component, Manifest
+from athena_backup.postgres.preflight import preflight_database
+from athena_backup.postgres.rename import switch_database
+from athena_backup.postgres.sessions import Database
+from athena_backup.postgres.staging import discard_staging, stage_database
+from athena_backup.settings import load_settings
+from athena_backup.volume_archive import Volume
+from athena_backup.volume_exchange import (
+    discard_volume,
+    leftovers,
+    preflight_volume,
+    recover_volume,
+    stage_volume,
+    switch_volume,
+)
+from flows.backup import RETRYING, databases_of, volumes_of
+from flows.operating import SlotTakenError, Working, component_work, free_slot, operating, run_log, task_threads
+from flows.requests import RestoreRequest
+from flows.runs import RESTORE, SKIPPED
+
+_HEALTH_SECONDS = 120
+
+
+@flow(name=RESTORE, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
+def restore(request: RestoreRequest) -> State[Any]:
+    """Overwrite this service's databases and volumes with the state of a backup set. Use with extreme caution.
+
+    Every component is built beside the live one and then switched by itself; nothing live is touched before preflight has
+    found no fault in any of them.
+    """
+    try:
+        with operating(RESTORE, request.set_id(load_settings().athena_namespace)) as working:
+            if not request.skip_health_check_before:
+                check_health(working, "before the restore")
+            recover_from_the_dead(working)
+            manifest = whole_manifest(working.store, working.set_id)
+            chosen, faults = choose(manifest, request, working)
+            faults = faults or preflight(chosen, working)
+            switched = [] if faults else stage_and_switch(chosen)
+            faults = faults or working.fault_list()
+            discard_all(chosen, working)
+            if not faults and not request.skip_health_check_after:
+                check_health(working, "after the restore")
+    except SlotTakenError:
+        return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
+    except AthenaError as error:
+        run_log().error("the restore failed", exc_info=True)
+        return Failed(message=str(error.fault(step="preparing the restore")))
+    left_alone = [name for name in configured(working) if name not in {one.name for one in chosen}]
+    if request.report:
+        create_markdown_artifact(
+            report(manifest, chosen, switched, left_alone, working), description="Disaster-recovery report"
+        )
+    if faults or len(switched) < len(chosen):
+        return Failed(message=failure_text(faults, chosen, switched))
+    message = f"{working.set_id}: restored {' '.join(switched) or 'nothing'}"
+    return Completed(message=message + (f"; left alone: {' '.join(left_alone)}" if left_alone else ""))
+
+
+def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tuple[list[Component], list[Fault]]:
+    """The set's components that are to be restored, and a fault for each that has no place to go."""
+    places = configured(working)
+    chosen = [one for one in manifest.components if not request.skips(one.name, is_database=one.kind == "database")]
+    homeless = [one.name for one in chosen if places.get(one.name) != one.kind]
+    faults = [
+        FinalError(
+            "the set has it, this service does not configure it",
+            next_step=f'configure it, or leave it out with "svcs": {{"{name}": {{"disable": true}}}}',
+        ).fault(component=name, step="checking before the restore")
+        for name in homeless
+    ]
+    return chosen, faults
+
+
+def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
+    """Every fault that can be found before anything live is touched, of all components at once."""
+    faults: list[Fault] = []
+    for component in chosen:
+        try:
+            if component.kind == "database":
+                target = database_of(component.name, working)
+                found = preflight_database(component, target, restore_id(working), working.settings.athena_pg_bin)
+            else:
+                found = preflight_volume(component, volume_of(component.name, working).directory, restore_id(working))
+        except AthenaError as error:
+            found = [error]
+        faults += [error.fault(component=component.name, step="checking before the restore") for error in found]
+    for part in (part for component in chosen for part in component.parts):
+        entry = working.store.head(part.key)
+        if entry is None or entry.size_bytes != part.size_bytes:
+            damaged = FinalError(f"{part.key} is not in the store as it was written", next_step="restore another set")
+            faults.append(damaged.fault(step="checking before the restore"))
+    return faults
+
+
+def stage_and_switch(chosen: Sequence[Component]) -> list[str]:
+    """Stage every component beside the live one and switch it once it is proven; the names of those switched."""
+    switches = {}
+    for component in chosen:
+        staged = stage.with_options(task_run_name=component.name, tags=[component.kind, "step:stage"]).submit(
+            component.name
+        )
+        switches[component.name] = switch.with_options(
+            task_run_name=component.name, tags=[component.kind, "step:switch"]
+        ).submit(component.name, wait_for=[staged], return_state=False)
+    wait(list(switches.values()))
+    return [name for name, future in switches.items() if future.state.is_completed()]
+
+
+@task(name="stage", **RETRYING)
+def stage(name: str) -> None:
+    """Build one component beside the live one; what a failed try has built is thrown away at once."""
+
+    def work(working: Working) -> None:
+        component = component_of(name, working)
+        if component.kind == "volume":
+            stage_volume(
+                component, working.store, volume_of(name, working).directory, restore_id(working), working.operation
+            )
+            return
+        target = database_of(name, working)
+        try:
+            working.staged[name] = stage_database(
+                component,
+                target,
+                working.store,
+                restore_id(working),
+                working.operation,
+                client_directories=working.settings.athena_pg_bin,
+            )
+        except BaseException:
+            with contextlib.suppress(AthenaError):
+                discard_staging(target, restore_id(working))
+            raise
+
+    component_work(name, "staging", work)
+
+
+@task(name="switch", **RETRYING)
+def switch(name: str) -> None:
+    """Let one staged component take the live one's place; what it replaced goes when it has."""
+
+    def work(working: Working) -> None:
+        if component_of(name, working).kind == "volume":
+            switch_volume(volume_of(name, working).directory, restore_id(working), working.operation)
+            return
+        target = database_of(name, working)
+        namespace = working.settings.athena_namespace
+        switch_database(target, working.staged[name].oid, restore_id(working), namespace, working.operation)
+        discard_staging(target, restore_id(working))
+
+    component_work(name, "switching", work)
+
+
+def recover_from_the_dead(working: Working) -> None:
+    """Finish or throw away what killed restores left: the slot is ours, so none of them lives."""
+    for volume in volumes_of(working.settings):
+        for dead in leftovers(volume.directory):
+            recover_volume(volume.directory, dead)
+            run_log().warning("volume %s: finished or discarded what the dead restore %s left", volume.name, dead)
+    for database in databases_of(working.settings):
+        try:
+            for name in discard_staging(database):
+                run_log().warning("database %s: dropped %s, which a dead restore left", database.name, name)
+        except AthenaError as error:
+            run_log().warning("database %s: could not look for what dead restores left: %s", database.name, error)
+
+
+def discard_all(chosen: Sequence[Component], working: Working) -> None:
+    """Throw away every staging of this restore that was not switched."""
+    for component in chosen:
+        try:
+            if component.kind == "database":
+                discard_staging(database_of(component.name, working), restore_id(working))
+            else:
+                discard_volume(volume_of(component.name, working).directory, restore_id(working))
+        except (AthenaError, KeyError) as error:
+            reason = fault_of(error, component=component.name, step="cleaning up")
+            run_log().warning("%s; the next restore tries again", reason)
+
+
+def check_health(working: Working, when: str) -> None:
+    """Ask every URL of ATHENA_HEALTH_URLS until it answers 2xx; raises `UnavailableError` naming those that don't."""
+    waiting = list(working.settings.athena_health_urls)
+    for _ in range(_HEALTH_SECONDS):
+        waiting = [url for url in waiting if not _is_healthy(url)]
+        if not waiting:
+            return
+        working.operation.pause(1)
+    raise UnavailableError(
+        f"not healthy {when}: {', '.join(waiting)}",
+        next_step="start these services, or disable this check in the request",
+    )
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def restore_id(working: Working) -> str:
+    """What this restore's side databases and stagings are named after: 12 hex digits of its run."""
+    return working.run_id.hex[:12]
+
+
+def configured(working: Working) -> dict[str, str]:
+    """The destination's components by name, with their kinds, in the order of the configuration."""
+    settings = working.settings
+    return dict.fromkeys(settings.athena_databases, "database") | dict.fromkeys(settings.athena_volumes, "volume")
+
+
+def component_of(name: str, working: Working) -> Component:
+    """A component of the set that is restored."""
+    component = whole_manifest(working.store, working.set_id).component(name)
+    if component is None:
+        raise FinalError(f"the set has no component {name}")
+    return component
+
+
+def database_of(name: str, working: Working) -> Database:
+    """The destination's database of that component."""
+    return next(one for one in databases_of(working.settings) if one.name == name)
+
+
+def volume_of(name: str, working: Working) -> Volume:
+    """The destination's volume of that component."""
+    return next(one for one in volumes_of(working.settings) if one.name == name)
+
+
+def failure_text(faults: Sequence[Fault], chosen: Sequence[Component], switched: Sequence[str]) -> str:
+    """What failed, and in which state every component is now."""
+    untouched = [component.name for component in chosen if component.name not in switched]
+    text = "; ".join(str(fault) for fault in faults) or "not every component was restored"
+    if switched:
+        text += f"; restored: {' '.join(switched)}"
+    return f"{text}; left as they were: {' '.join(untouched)}" if untouched else text
+
+
+def report(
+    manifest: Manifest,
+    chosen: Sequence[Component],
+    switched: Sequence[str],
+    left_alone: Sequence[str],
+    working: Working,
+) -> str:
+    """The disaster-recovery report: what was restored from where, and how long each component took."""
+    lines = [
+        f"# Restore of {manifest.set_id}",
+        "",
+        f"Taken {manifest.began:%Y-%m-%d %H:%M:%S} UTC, restored into namespace {working.settings.athena_namespace}.",
+        "",
+        "| component | kind | bytes | seconds | outcome |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for component in chosen:
+        outcome = "restored" if component.name in switched else "left as it was"
+        seconds = working.seconds.get(component.name, 0.0)
+        lines.append(
+            f"| {component.name} | {component.kind} | {component.raw_size_bytes} | {seconds:.1f} | {outcome} |"
+        )
+    return "\n".join([*lines, *(f"| {name} | | | | not in the set, left alone |" for name in left_alone)])

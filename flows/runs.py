@@ -1,0 +1,332 @@
+"""Operations as Prefect flow runs: starting, listing, cancelling them, and burying the dead.
+
+The adapter and the command line both come through here, so that a POST and a button do the same. What a run is to the
+outside stands in `OperationRun`; nobody above this module looks at Prefect's own types.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Cancelling, Crashed
+from pydantic import BaseModel
+
+from athena_backup.backup import close_set, standing_failure
+from athena_backup.catalog import SetState, find_set
+from athena_backup.errors import AthenaError, FinalError, PassingError
+from athena_backup.names import InvalidNameError, SetId, Timestamp
+from athena_backup.store import Store
+from flows.requests import BackupRequest, RestoreRequest
+from flows.slot import claim, ensure_limit, release
+
+Kind = Literal["backup", "restore"]
+BACKUP: Kind = "backup"
+RESTORE: Kind = "restore"
+
+SKIPPED = "Skipped"
+"""Name of the state in which a scheduled run ends that found the slot taken."""
+PENDING_LIMIT = timedelta(minutes=2)
+"""A run that is Pending for longer has lost the process that was to run it."""
+RECORD_LIMIT = 200
+"""Runs that are looked at for one answer: Prefect's own page size."""
+
+_WAITING = {StateType.SCHEDULED, StateType.PENDING}
+_WORKING = {StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED}
+
+logger = logging.getLogger("athena_backup.runs")
+
+
+class OperationRunningError(PassingError):
+    """A backup or restore of the namespace is running, so no other can begin."""
+
+
+@dataclass(frozen=True)
+class OperationRun:
+    """One backup or restore as everybody above sees it."""
+
+    id: UUID
+    kind: Kind
+    set_id: SetId
+    """The set that is written or read; of a restore, its namespace is the source's."""
+    begun: bool
+    """Whether the flow itself has begun."""
+    ended: bool
+    outcome: Literal["success", "failed", "cancelled", "skipped"] | None
+    message: str
+    """The state's message: of a failed run, what failed."""
+    at: datetime
+    """When it was due."""
+    state_at: datetime
+    only_databases: bool = False
+    skip: tuple[str, ...] = ()
+    lease: UUID | None = None
+
+
+def start_backup(client: SyncPrefectClient, store: Store, namespace: str, request: BackupRequest) -> OperationRun:
+    """Claim the slot and create a run of the namespace's ``backup`` deployment; raises `OperationRunningError`."""
+    lease = _claim(client, namespace)
+    try:
+        timestamp = _free_timestamp(client, store, namespace)
+        return _create(client, BACKUP, namespace, SetId(namespace, timestamp), lease, request)
+    except BaseException:
+        release(client, lease)
+        raise
+
+
+def start_restore(client: SyncPrefectClient, namespace: str, request: RestoreRequest) -> OperationRun:
+    """Claim the own namespace's slot and create a run of its ``restore`` deployment; raises `OperationRunningError`."""
+    lease = _claim(client, namespace)
+    try:
+        return _create(client, RESTORE, namespace, request.set_id(namespace), lease, request)
+    except BaseException:
+        release(client, lease)
+        raise
+
+
+def _claim(client: SyncPrefectClient, namespace: str) -> UUID:
+    ensure_limit(client, namespace)
+    lease = claim(client, namespace)
+    if lease is None:
+        raise OperationRunningError("a backup or restore is running", next_step="wait for its end, then try again")
+    return lease
+
+
+def _free_timestamp(client: SyncPrefectClient, store: Store, namespace: str) -> Timestamp:
+    """The present second, or the next one that no set and no run has: two sets never share a timestamp."""
+    for _ in range(10):
+        set_id = SetId(namespace, Timestamp.of(datetime.now(UTC)))
+        if find_set(store, set_id) is None and not list_runs(
+            client, BACKUP, namespace, timestamp=set_id.timestamp, limit=1
+        ):
+            return set_id.timestamp
+        time.sleep(1 - datetime.now(UTC).microsecond / 1e6)
+    raise FinalError("no free timestamp was found in ten seconds", next_step="look at the clock of this machine")
+
+
+def _create(
+    client: SyncPrefectClient, kind: Kind, namespace: str, set_id: SetId, lease: UUID, request: BaseModel
+) -> OperationRun:
+    try:
+        deployment = client.read_deployment_by_name(f"{kind}/{namespace}")
+    except ObjectNotFound:
+        raise FinalError(
+            f"Prefect has no deployment {kind}/{namespace}",
+            next_step="start `athena-backup up`, or deploy prefect.yaml to your work pool",
+        ) from None
+    run = client.create_flow_run_from_deployment(
+        deployment.id,
+        name=run_name(kind, set_id),
+        tags=run_tags(namespace, set_id, kind, lease),
+        parameters={"request": request.model_dump(mode="json")},
+    )
+    return _operation_run(kind, namespace, run)
+
+
+def run_name(kind: Kind, set_id: SetId) -> str:
+    """What a run is called: what it does, and to which set."""
+    return f"{kind} {set_id.timestamp}"
+
+
+def run_tags(namespace: str, set_id: SetId, kind: Kind, lease: UUID | None) -> list[str]:
+    """By what a run is found again (design.md, section 6)."""
+    tags = [f"namespace:{namespace}", f"timestamp:{set_id.timestamp}"]
+    if kind == RESTORE:
+        tags.append(f"source:{set_id.namespace}")
+    if lease is not None:
+        tags.append(f"lease:{lease}")
+    return tags
+
+
+def list_runs(
+    client: SyncPrefectClient,
+    kind: Kind,
+    namespace: str,
+    *,
+    timestamp: Timestamp | None = None,
+    unfinished: bool = False,
+    limit: int = RECORD_LIMIT,
+) -> list[OperationRun]:
+    """The namespace's runs of a kind, newest first; a schedule's future runs and skipped ones don't count."""
+    tags = [f"namespace:{namespace}", *([f"timestamp:{timestamp}"] if timestamp else [])]
+    kinds = [*(_WAITING if unfinished else StateType), *_WORKING]
+    found = client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[kind])),
+        flow_run_filter=FlowRunFilter(
+            tags=FlowRunFilterTags(all_=tags),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=sorted(set(kinds)))),
+        ),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=limit,
+    )
+    now = datetime.now(UTC)
+    runs = [_operation_run(kind, namespace, run) for run in found if _is_due(run, now)]
+    return [run for run in runs if run.outcome != "skipped"]
+
+
+def ongoing_run(
+    client: SyncPrefectClient, namespace: str, kinds: Iterable[Kind] = (BACKUP, RESTORE)
+) -> OperationRun | None:
+    """The backup or restore that is running or about to; None if there is none.
+
+    A scheduled run that waits while another one works counts for itself only once nobody works.
+    """
+    runs = [run for kind in kinds for run in list_runs(client, kind, namespace, unfinished=True)]
+    return min(runs, key=lambda run: (not run.begun, run.lease is None, run.at), default=None)
+
+
+def finished_components(client: SyncPrefectClient, run: OperationRun) -> set[str]:
+    """The names of the components whose last task of the run is done."""
+    last_step = "step:backup" if run.kind == BACKUP else "step:switch"
+    done = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
+        task_run_filter=TaskRunFilter(
+            state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.COMPLETED]))
+        ),
+        limit=RECORD_LIMIT,
+    )
+    return {task.name for task in done if last_step in task.tags}
+
+
+def cancel_run(client: SyncPrefectClient, run: OperationRun) -> None:
+    """Ask a run to stop; it ends as Cancelled within seconds."""
+    client.set_flow_run_state(run.id, Cancelling(message="cancelled by request"))
+
+
+def reconcile(
+    client: SyncPrefectClient, store: Store, namespace: str, *, lease: UUID | None = None, own: UUID | None = None
+) -> int:
+    """Bury the namespace's operations that died: close their sets, end their runs. Returns how many there were.
+
+    With ``lease`` the caller holds the slot, and ``own`` is its run; otherwise the slot is claimed for as long as it takes
+    if something is unfinished, and nothing happens while somebody else has it.
+    """
+    suspects = _suspects(client, namespace, own)
+    if not suspects:
+        return 0
+    claimed = None if lease is not None else claim(client, namespace)
+    if lease is None and claimed is None:
+        return 0
+    try:
+        # Looked up again under the slot: a run may have ended, or begun and ended, since.
+        dead = _suspects(client, namespace, own)
+        for run in dead:
+            _bury(client, store, run)
+        return len(dead)
+    finally:
+        if claimed is not None:
+            release(client, claimed)
+
+
+def _suspects(client: SyncPrefectClient, namespace: str, own: UUID | None) -> list[OperationRun]:
+    now = datetime.now(UTC)
+    unfinished = [run for kind in (BACKUP, RESTORE) for run in list_runs(client, kind, namespace, unfinished=True)]
+    return [run for run in unfinished if run.id != own and (run.begun or _is_stranded(run, now))]
+
+
+def _is_stranded(run: OperationRun, now: datetime) -> bool:
+    """A run whose lease was handed to it but that never began: its runner died in between, and its time has passed."""
+    return run.lease is not None and now - max(run.state_at, run.at) > PENDING_LIMIT
+
+
+def _bury(client: SyncPrefectClient, store: Store, run: OperationRun) -> None:
+    message = "the process or machine that ran it died, or it lost the slot"
+    if run.kind == BACKUP:
+        try:
+            entry = find_set(store, run.set_id)
+            if entry is not None and entry.state is SetState.UNFINISHED and standing_failure(store, run.set_id) is None:
+                fault = FinalError(message, next_step="the next backup is not affected").fault(
+                    step="running the backup"
+                )
+                close_set(store, run.set_id, [], [fault], run_id=str(run.id), began=run.at)
+            store.sweep(run.set_id.prefix)
+        except AthenaError:
+            logger.warning(
+                "the set %s of a dead run could not be closed; trying again later", run.set_id, exc_info=True
+            )
+    logger.warning("%s is dead: %s", run_name(run.kind, run.set_id), message)
+    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+
+
+def _is_due(run: FlowRun, now: datetime) -> bool:
+    if run.state_type is not StateType.SCHEDULED:
+        return True
+    due = run.next_scheduled_start_time or run.expected_start_time
+    return due is not None and due <= now
+
+
+def _operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
+    tags = dict(tag.split(":", 1) for tag in run.tags if ":" in tag)
+    at = run.expected_start_time or run.created or datetime.now(UTC)
+    try:
+        timestamp = Timestamp.parse(tags["timestamp"])
+    except (KeyError, InvalidNameError):
+        timestamp = Timestamp.of(at)
+    parameters = run.parameters.get("request") or {}
+    parameters = parameters if isinstance(parameters, dict) else {}
+    state = run.state_type
+    return OperationRun(
+        id=run.id,
+        kind=kind,
+        set_id=SetId(tags.get("source", namespace), timestamp),
+        begun=state in _WORKING,
+        ended=state not in _WAITING | _WORKING,
+        outcome=_outcome(run),
+        message=(run.state.message if run.state else None) or "",
+        at=at,
+        state_at=run.state.timestamp if run.state else at,
+        only_databases=bool(parameters.get("only_databases", False)),
+        skip=tuple(parameters.get("skip", ())),
+        lease=UUID(tags["lease"]) if "lease" in tags else None,
+    )
+
+
+def _outcome(run: FlowRun) -> Literal["success", "failed", "cancelled", "skipped"] | None:
+    if run.state_name == SKIPPED:
+        return "skipped"
+    match run.state_type:
+        case StateType.COMPLETED:
+            return "success"
+        case StateType.FAILED | StateType.CRASHED:
+            return "failed"
+        case StateType.CANCELLED:
+            return "cancelled"
+        case _:
+            return None
+
+
+def skip_missed(client: SyncPrefectClient, namespace: str) -> int:
+    """End the scheduled runs that nobody was there to begin: one catch-up stands for all of them. Returns how many.
+
+    Without this a runner that comes back would begin every missed run at once, each under a timestamp long past.
+    """
+    now = datetime.now(UTC)
+    missed = [
+        run
+        for run in list_runs(client, BACKUP, namespace, unfinished=True)
+        if run.lease is None and not run.begun and now - run.at > PENDING_LIMIT
+    ]
+    for run in missed:
+        client.set_flow_run_state(
+            run.id, Cancelled(name=SKIPPED, message="missed: the service was not running"), force=True
+        )
+    return len(missed)

@@ -1,0 +1,157 @@
+"""The slot: the right to run a backup or restore of a namespace, one at a time (design.md, section 6).
+
+It is a Prefect global concurrency limit of 1, held by a lease. Whoever starts an operation claims it before the run exists
+and hands the lease on; the flow adopts it as its first act and renews it as long as it works. The lease is the only
+heartbeat: whoever holds the slot may treat every other unfinished operation of the namespace as dead.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
+
+from athena_backup.errors import FinalError
+from athena_backup.operation import Operation
+
+LEASE_SECONDS = 60
+"""The shortest that Prefect grants; its holder's death is seen after that at the latest."""
+RENEW_SECONDS = 20
+_LOOK_SECONDS = 1.0
+_LOST_AFTER_SECONDS = LEASE_SECONDS - 10
+_CLOSED_STATES = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
+_GONE = {httpx.codes.NOT_FOUND, httpx.codes.GONE}
+
+logger = logging.getLogger("athena_backup.slot")
+
+
+def limit_name(namespace: str) -> str:
+    """The name of the namespace's concurrency limit in Prefect."""
+    return f"athena-{namespace}"
+
+
+def ensure_limit(client: SyncPrefectClient, namespace: str) -> None:
+    """Create the namespace's limit where there is none; several processes may do so at once."""
+    name = limit_name(namespace)
+    try:
+        client.read_global_concurrency_limit_by_name(name)
+    except ObjectNotFound:
+        with contextlib.suppress(ObjectAlreadyExists):
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1, active=True))
+
+
+def claim(client: SyncPrefectClient, namespace: str) -> UUID | None:
+    """Take the slot for `LEASE_SECONDS` without waiting; the lease, or None while somebody else has it."""
+    try:
+        response = client.increment_concurrency_slots_with_lease(
+            names=[limit_name(namespace)], slots=1, mode="concurrency", lease_duration=LEASE_SECONDS
+        )
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code == httpx.codes.LOCKED:
+            return None
+        raise
+    answer = response.json()
+    # The server grants a limit that it does not know (tried): such a grant holds nobody off.
+    if not answer["limits"]:
+        raise FinalError(
+            f"Prefect has no concurrency limit {limit_name(namespace)}",
+            next_step="somebody deleted it: restart the service, which makes it again",
+        )
+    return UUID(answer["lease_id"])
+
+
+def renew(client: SyncPrefectClient, lease: UUID) -> bool:
+    """Keep the slot for another `LEASE_SECONDS`; False if the lease has ended."""
+    try:
+        client.renew_concurrency_lease(lease_id=lease, lease_duration=LEASE_SECONDS)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code in _GONE:
+            return False
+        raise
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def release(client: SyncPrefectClient, lease: UUID) -> None:
+    """Free the slot; a lease that has ended already counts as freed."""
+    try:
+        client.release_concurrency_slots_with_lease(lease_id=lease)
+    except ObjectNotFound:
+        return
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code not in _GONE:
+            raise
+
+
+@contextlib.contextmanager
+def held(
+    lease: UUID, operation: Operation, *, run_id: UUID | None = None, every_look: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Hold the slot for the length of the block, and free it afterwards.
+
+    A thread renews the lease, reads the run's state with it, and cancels ``operation`` when the slot is lost, the run was
+    ended on the server, our parent has died, or the deadline has passed. ``every_look`` is called about once a second.
+    """
+    stopped = threading.Event()
+    guard = threading.Thread(
+        target=_guard, args=(lease, operation, run_id, every_look, stopped), name="slot", daemon=True
+    )
+    guard.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        guard.join()
+        try:
+            with get_client(sync_client=True) as client:
+                release(client, lease)
+        except (httpx.HTTPError, PrefectHTTPStatusError):
+            logger.warning("could not free the slot; it frees itself within %s s", LEASE_SECONDS, exc_info=True)
+
+
+def _guard(
+    lease: UUID,
+    operation: Operation,
+    run_id: UUID | None,
+    every_look: Callable[[], None] | None,
+    stopped: threading.Event,
+) -> None:
+    parent = os.getppid()
+    renewed = time.monotonic()
+    next_renewal = renewed + RENEW_SECONDS
+    with get_client(sync_client=True) as client:
+        while not stopped.wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            if os.getppid() != parent:
+                operation.cancel("the process that ran this operation's runner has died")
+            if operation.deadline is not None and now >= operation.deadline:
+                operation.cancel("the operation took longer than ATHENA_OPERATION_TIMEOUT_SECONDS allows")
+            if every_look is not None:
+                every_look()
+            if now < next_renewal:
+                continue
+            try:
+                if not renew(client, lease):
+                    operation.cancel("the slot was lost: its lease has ended")
+                elif run_id is not None and _ended(client, run_id):
+                    operation.cancel("the run was ended on the Prefect server")
+                renewed, next_renewal = now, now + RENEW_SECONDS
+            except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+                next_renewal = now + 2
+                logger.warning("could not renew the slot's lease: %s", error)
+                if now - renewed > _LOST_AFTER_SECONDS:
+                    operation.cancel("the slot was lost: the Prefect server does not answer")
+
+
+def _ended(client: SyncPrefectClient, run_id: UUID) -> bool:
+    state = client.read_flow_run(run_id).state
+    return state is not None and state.type in _CLOSED_STATES
