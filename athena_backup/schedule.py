@@ -137,7 +137,8 @@ def parse_schedule(text: str) -> Schedule:
             "such as '0 0 0 * * *' for every midnight"
         )
     sets = [_parse_field(item, field) for item, field in zip(items, _FIELDS, strict=True)]
-    schedule = CronSchedule(*(numbers for numbers, _ in sets), any_day_of_month=sets[3][1], any_day_of_week=sets[5][1])
+    (seconds, _), (minutes, _), (hours, _), (days, any_day), (months, _), (weekdays, any_weekday) = sets
+    schedule = CronSchedule(seconds, minutes, hours, days, months, weekdays, any_day, any_weekday)
     if schedule.next_after(datetime(2000, 1, 1, tzinfo=UTC)) is None:
         raise ScheduleError(f"{text!r} is never due: no month of it has such a day")
     return schedule

@@ -6,39 +6,44 @@ One deployment a flow and namespace (``backup/app``), so that services of severa
 from collections.abc import Sequence
 from typing import Any
 
-from prefect.deployments.runner import RunnerDeployment
+from prefect.deployments.runner import RunnerDeployment, VersionType
 from prefect.flows import Flow
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 
+from athena_backup.backup import software
 from athena_backup.settings import Settings
 from deployments.schedules import prefect_schedules
 from flows.backup import backup
 from flows.restore import restore
 from flows.runs import BACKUP, RESTORE
 
-DESCRIPTIONS = {
+DESCRIPTIONS: dict[str, str] = {
     BACKUP: "Takes a full backup of every configured database and volume. Scheduled by BACKUP_FREQUENCY.",
     RESTORE: "Overwrites this service's databases and volumes with the state of a backup set. Use with extreme caution.",
 }
 
 
-def deployments(settings: Settings) -> Sequence[RunnerDeployment]:
+def deployments(settings: Settings, version: str | None = None) -> Sequence[RunnerDeployment]:
     """The deployments of one namespace; the backup has its schedule if ENABLE_REGULAR_BACKUPS is on."""
     tags = [f"namespace:{settings.athena_namespace}"]
     schedules = prefect_schedules(settings.schedule) if settings.enable_regular_backups else []
     return [
-        _deployment(backup, settings.athena_namespace, tags, schedules),
-        _deployment(restore, settings.athena_namespace, tags, []),
+        _deployment(backup, settings.athena_namespace, tags, schedules, version),
+        _deployment(restore, settings.athena_namespace, tags, [], version),
     ]
 
 
-def _deployment(flow: Flow[..., Any], name: str, tags: list[str], schedules: list[Schedule]) -> RunnerDeployment:
+def _deployment(
+    flow: Flow[..., Any], name: str, tags: list[str], schedules: list[Schedule], version: str | None
+) -> RunnerDeployment:
     made = flow.to_deployment(
         name,
         description=DESCRIPTIONS[flow.name],
         tags=tags,
         schedules=schedules,
+        version=version or software(),
+        version_type=VersionType.SIMPLE,  # the default asks git, which no image has
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     if not isinstance(made, RunnerDeployment):

@@ -1,22 +1,43 @@
 """The process that executes runs of the served deployments; started by `athena-backup up`."""
 
+import asyncio
 import logging
 import os
+from collections.abc import Sequence
 
-from prefect import serve
+from prefect.deployments.runner import RunnerDeployment
+from prefect.runner import Runner
 
 from athena_backup.settings import load_settings
 from deployments.definitions import deployments
 
+POLL_SECONDS = 1
+
+
+class StoppableRunner(Runner):
+    """A runner that ends its runs on SIGTERM and waits for them; Prefect's own handler leaves them behind (3.8.8)."""
+
+    def handle_sigterm(self, *args: object, **kwargs: object) -> None:
+        """Stop polling, cancel what runs, and let `start` return when all of it has ended."""
+        del args, kwargs
+        asyncio.get_running_loop().call_soon_threadsafe(
+            lambda: setattr(self, "_stop", asyncio.ensure_future(self.astop()))
+        )
+
+
+async def serve(served: Sequence[RunnerDeployment]) -> None:
+    """Register the deployments and execute their runs until SIGTERM."""
+    runner = StoppableRunner(name="athena-backup", query_seconds=POLL_SECONDS, pause_on_shutdown=False)
+    for deployment in served:
+        await runner.aadd_deployment(deployment)
+    await runner.start()
+
 
 def main() -> None:
-    """Register the deployments and serve them until SIGTERM."""
+    """Serve this process's settings' deployments, under the start mark that `up` waits for."""
     logging.getLogger("prefect.runner").setLevel(logging.WARNING)
-    mark = os.environ.get("ATHENA_START_MARK")
-    served = deployments(load_settings())
-    for deployment in served:
-        deployment.version = mark
-    serve(*served, pause_on_shutdown=False, print_starting_message=False)
+    served = deployments(load_settings(), version=os.environ.get("ATHENA_START_MARK"))
+    asyncio.run(serve(served))
 
 
 if __name__ == "__main__":
