@@ -6,7 +6,7 @@ One deployment a flow and namespace (``backup/app``), so that services of severa
 from collections.abc import Sequence
 from typing import Any
 
-from prefect.deployments.runner import RunnerDeployment, VersionType
+from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import Flow
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
@@ -43,7 +43,6 @@ def _deployment(
         tags=tags,
         schedules=schedules,
         version=version or software(),
-        version_type=VersionType.SIMPLE,  # the default asks git, which no image has
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     if not isinstance(made, RunnerDeployment):
