@@ -37,8 +37,7 @@ def hash_of(key: str) -> str:
 def load_hashes(namespace: str) -> list[str]:
     """The hashes that are kept for a namespace; none where no key was made yet."""
     try:
-        # Said explicitly: inside an event loop, where a server's factory runs, Prefect would hand out a coroutine.
-        block = ApiKeys.load(block_name(namespace), _sync=True)
+        block = ApiKeys.load(block_name(namespace))
     except ValueError:
         return []
     return list(block.hashes) if isinstance(block, ApiKeys) else []
@@ -47,7 +46,7 @@ def load_hashes(namespace: str) -> list[str]:
 def make_key(namespace: str) -> str:
     """Make a key, keep its hash in place of all earlier ones, and return it: nobody can show it again."""
     key = secrets.token_urlsafe(32)
-    ApiKeys(hashes=[hash_of(key)]).save(block_name(namespace), overwrite=True, _sync=True)
+    ApiKeys(hashes=[hash_of(key)]).save(block_name(namespace), overwrite=True)
     return key
 
 
