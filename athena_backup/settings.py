@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     athena_torn_limit: float = Field(
         0.01, ge=0, le=1, description="Share of a volume's files that may change while read."
     )
+    athena_empty_volumes: list[str] = Field(
+        default=[], description="Volumes that may be empty; any other empty one is taken for one that is not mounted."
+    )
     athena_operation_timeout_seconds: float = Field(86_400, gt=0, description="How long a backup or restore may take.")
     athena_prefect_port: int = Field(4200, ge=0, le=65535, description="Port of the own Prefect server; 0: a free one.")
     prefect_api_url: str | None = Field(None, description="An existing Prefect server; none: an own one is started.")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from athena_backup.schedule import in_words, upcoming
 from sqlalchemy import text
 
 from athena_backup.errors import AthenaError, FinalError, fault_of
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.sessions import Database, identity, session
+from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
 from athena_backup.store import Store, read_document
 from blocks.stores import open_store

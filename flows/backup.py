@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from athena_backup.volume_archive import Volume, write_volume
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -21,9 +20,10 @@ from athena_backup.catalog import find_set
 from athena_backup.errors import AthenaError, FinalError, fault_of
 from athena_backup.manifest import Manifest
 from athena_backup.postgres.cut import hold_cut
-from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.sessions import Database
 from athena_backup.settings import Settings
+from athena_backup.volume_archive import Volume, write_volume
 from flows.operating import (
     SlotTakenError,
     Working,
@@ -67,6 +67,7 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                         *(back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes),
                     ]
                 )
+                write_server_globals(working)
             outcome = close_set(
                 working.store,
                 working.set_id,
@@ -129,6 +130,7 @@ def back_up_volume(name: str) -> None:
                 str(working.run_id),
                 working.operation,
                 torn_limit=working.settings.athena_torn_limit,
+                allow_empty=name in working.settings.athena_empty_volumes,
             )
             put_component(working.store, working.set_id, component)
 
@@ -145,6 +147,17 @@ def cut_of(databases: Sequence[Database], working: Working) -> Iterator[None]:
         ddl_wait_limit_seconds=working.settings.athena_ddl_wait_seconds,
     ) as working.cut:
         yield
+
+
+def write_server_globals(working: Working) -> None:
+    """Store each server's roles for people to read; no restore needs them, so what fails here is only told."""
+    for held in (
+        {one.server.number: one for one in working.cut.held.values() if one.server}.values() if working.cut else ()
+    ):
+        try:
+            write_globals(held, working.store, working.set_id, working.operation, working.settings.athena_pg_bin)
+        except AthenaError as error:
+            run_log().warning("the globals of the server of %s are not in the set: %s", held.database.name, error)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,29 @@
-"""What the tests stand up: a PostgreSQL server, a store in a directory. Each is stopped or removed when its user is done."""
+"""What the tests stand up: a PostgreSQL server, a store in a directory, a service. Each is stopped when its users are done."""
 
+import json
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from athena_backup.postgres.embedded import EmbeddedServer, embedded_server
+from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
+from athena_backup.postgres.sessions import Database, quoted, run_sql, session
 from athena_backup.store.local import LocalStore, initialize
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from service import Service
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedServer]:
     """One real PostgreSQL server for the whole session; tests make databases of their own on it."""
+    settings = {"max_prepared_transactions": "5", "wal_level": "logical", "max_connections": "200"}
     with (
         tempfile.TemporaryDirectory(prefix="athena-test-pg-") as directory,
-        embedded_server(Path(directory) / "data") as server,
+        embedded_server(Path(directory) / "data", settings) as server,
     ):
         yield server
 
@@ -27,3 +35,76 @@ def local_store(tmp_path: Path) -> LocalStore:
     root.mkdir()
     initialize(root)
     return LocalStore(str(root))
+
+
+@pytest.fixture
+def make_database(postgres: EmbeddedServer) -> Iterator[Callable[..., Database]]:
+    """Make a database with some SQL in it; all are dropped when the test is done."""
+    made: list[str] = []
+
+    def make(name: str, sql: str = "", owner: str = "postgres") -> Database:
+        with session(postgres.url()) as connection:
+            run_sql(connection, f"CREATE DATABASE {quoted(name)} OWNER {quoted(owner)}")
+        made.append(name)
+        url = postgres.url(name, user=owner)
+        if sql:
+            with session(url, {"search_path": "public"}) as connection:
+                run_sql(connection, sql)
+        return Database(name, url)
+
+    yield make
+    with session(postgres.url()) as connection:
+        there = set(run_sql(connection, "SELECT datname FROM pg_database").scalars())
+        for name in there - {"postgres", "template0", "template1"}:
+            if any(name == one or name.startswith(f"{one}__athena") for one in made):
+                run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def make_service(
+    postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Service]]:
+    """Define a service over databases and volumes of its own; the caller starts it, the session's end closes it."""
+    services: list[Service] = []
+
+    def make(name: str, **environment: str) -> Service:
+        home = tmp_path_factory.mktemp(name)
+        (home / "backup").mkdir()
+        databases, volumes = {}, {}
+        for component in ("asp", "gogs"):
+            database = f"{name}_{component}"
+            with session(postgres.url()) as connection:
+                run_sql(connection, f"CREATE DATABASE {quoted(database)}")
+            with session(postgres.url(database), {"search_path": "public"}) as connection:
+                rows = "SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, 20000) i"
+                run_sql(connection, f"CREATE TABLE t (i integer PRIMARY KEY, v text); INSERT INTO t {rows}")
+            databases[component] = postgres.url(database).render_as_string(hide_password=False)
+        for component in ("edweb", "gitserver"):
+            directory = home / "volumes" / component
+            (directory / "folder").mkdir(parents=True)
+            (directory / "folder" / "file").write_text(f"content of {component}")
+            volumes[component] = str(directory)
+        service = Service(
+            home,
+            {
+                "ATHENA_DATABASES": json.dumps(databases),
+                "ATHENA_VOLUMES": json.dumps(volumes),
+                "ATHENA_PG_BIN": json.dumps([str(binaries())]),
+                "OBJECT_STORE_LOCATION_LOCAL": str(home / "backup"),
+                **environment,
+            },
+        )
+        services.append(service)
+        return service
+
+    yield make
+    for service in services:
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def service(make_service: Callable[..., Service]) -> Service:
+    """One running service for every test that does it no harm."""
+    made = make_service("shared")
+    made.start()
+    return made

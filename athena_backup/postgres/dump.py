@@ -6,7 +6,7 @@ and a warning that is not on it fails the component.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -167,23 +167,26 @@ def is_known_warning(line: str) -> bool | None:
 
 
 def write_globals(
-    database: Database,
-    number: int,
-    version: int,
-    store: Store,
-    set_id: SetId,
-    operation: Operation,
-    directories: Sequence[Path],
+    held: Held, store: Store, set_id: SetId, operation: Operation, directories: Sequence[Path] = ()
 ) -> None:
-    """Store a server's roles, grants and tablespaces for people to read, without passwords; a restore never runs it."""
-    client = find_client("pg_dumpall", version, directories)
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(database.url)}
-    command = [str(client), "--globals-only", "--no-role-passwords", "--no-password", f"--database={database.database}"]
+    """Store the roles, grants and tablespaces of a held database's server for people to read, without passwords.
+
+    A restore never runs it. Raises `FinalError` if `pg_dumpall` fails, and the store's errors.
+    """
+    client = find_client("pg_dumpall", held.identity.version, directories)
+    url = held.database.url
+    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
+    command = [str(client), "--globals-only", "--no-role-passwords", "--no-password", f"--database={url.database}"]
+    sql = bytearray()
     with running(command, operation, environment=environment, writes=True) as child:
-        read: Callable[[], bytes] = lambda: os.read(child.stdout.fileno(), _CHUNK_BYTES)  # noqa: E731
-        sql = b"".join(iter(read, b""))[:_GLOBALS_LIMIT_BYTES]
+        while chunk := os.read(child.stdout.fileno(), _CHUNK_BYTES):
+            sql += chunk
+            if len(sql) > _GLOBALS_LIMIT_BYTES:
+                raise FinalError(
+                    f"the globals are larger than {_GLOBALS_LIMIT_BYTES >> 20} MiB", step="writing the globals"
+                )
         ended = child.wait(operation)
     if ended.exit_code != 0:
         raise FinalError(ended.how(), step="writing the globals")
-    compressed = zstandard.ZstdCompressor(write_checksum=True).compress(sql)
-    store.put(f"{set_id.prefix}globals/{number}.sql.zst", compressed, if_absent=True)
+    compressed = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(sql))
+    store.put(f"{set_id.prefix}globals/{held.server.number if held.server else 0}.sql.zst", compressed, if_absent=True)
