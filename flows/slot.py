@@ -26,6 +26,7 @@ LEASE_SECONDS = 60
 """The shortest that Prefect grants; its holder's death is seen after that at the latest."""
 RENEW_SECONDS = 20
 _LOOK_SECONDS = 1.0
+_ORPHAN_SECONDS = 15.0
 _LOST_AFTER_SECONDS = LEASE_SECONDS - 10
 _CLOSED_STATES = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 _GONE = {httpx.codes.NOT_FOUND, httpx.codes.GONE}
@@ -131,8 +132,9 @@ def _guard(
     with get_client(sync_client=True) as client:
         while not stopped.wait(_LOOK_SECONDS):
             now = time.monotonic()
-            if os.getppid() != parent:
-                operation.cancel("the process that ran this operation's runner has died")
+            if os.getppid() != parent and not operation.cancelled:
+                operation.cancel("the runner of this operation has died")
+                _end_soon()
             if operation.deadline is not None and now >= operation.deadline:
                 operation.cancel("the operation took longer than ATHENA_OPERATION_TIMEOUT_SECONDS allows")
             if every_look is not None:
@@ -150,6 +152,13 @@ def _guard(
                 logger.warning("could not renew the slot's lease: %s", error)
                 if now - renewed > _LOST_AFTER_SECONDS:
                     operation.cancel("the slot was lost: the Prefect server does not answer")
+
+
+def _end_soon() -> None:
+    """End this process once it has had time to close its set: nobody is left to whom it could report."""
+    last_act = threading.Timer(_ORPHAN_SECONDS, os._exit, (1,))
+    last_act.daemon = True
+    last_act.start()
 
 
 def _ended(client: SyncPrefectClient, run_id: UUID) -> bool:

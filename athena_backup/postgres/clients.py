@@ -21,7 +21,7 @@ _VERSION_SECONDS = 20
 def find_client(name: str, server_version: int, directories: Sequence[Path] = ()) -> Path:
     """The program ``name`` whose major version is the server's, else the next newer one that is installed.
 
-    Looked for in ``directories``, in PATH, and where distributions put their versions. Raises `FinalError` naming what
+    Looked for in ``directories``, where distributions put their versions, and in PATH. Raises `FinalError` naming what
     there is: an older `pg_dump` refuses a newer server (PostgreSQL manual, pg_dump, "Notes").
     """
     wanted = server_version // 10_000
@@ -50,9 +50,11 @@ def client_version(path: Path) -> int:
 
 
 def _candidates(name: str, directories: Sequence[Path]) -> Iterator[Path]:
-    places = [*directories, *(Path(place) for place in os.environ.get("PATH", "").split(os.pathsep) if place)]
+    places = list(directories)
     for pattern in _INSTALLATIONS:
         places += sorted(Path("/").glob(pattern.lstrip("/")))
+    # PATH last: Debian's /usr/bin/pg_dump is a script that picks a version by rules of its own.
+    places += [Path(place) for place in os.environ.get("PATH", "").split(os.pathsep) if place]
     seen = set()
     for place in places:
         path = place / name

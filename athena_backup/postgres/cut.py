@@ -6,6 +6,7 @@ taken again until they are equal: then no transaction lies between them.
 """
 
 import contextlib
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,7 @@ class Held:
             )
         ).scalar_one()
         self.locks_pid: int = locks.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+        self.reader_pid: int = reader.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
         self.snapshot = ""
         self.taken_at: datetime | None = None
         self.server: Server | None = None
@@ -72,9 +74,36 @@ class Held:
         if self.lost is not None:
             raise self.lost
 
+    def prove(self) -> None:
+        """Raise unless both holders answer at this moment: then all that was read under them until now is whole."""
+        self.check()
+        try:
+            with self.locks_lock:
+                _ping(self.locks)
+            with self.reader_lock:
+                _ping(self.reader)
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            self.lost = self.lost or _lost(error)
+        self.check()
+
+    def is_readable(self) -> bool:
+        """Whether the server sent something on an idle session of ours: it does so when it ends one."""
+        poll = select.poll()
+        for connection in (self.locks, self.reader):
+            driver = connection.connection.driver_connection
+            if not isinstance(driver, psycopg.Connection) or driver.closed:
+                return True
+            poll.register(driver.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def waiting(self) -> list[str]:
-        """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them."""
-        return [f"pid {pid} waits with {query!r}" for pid, query, _ in _waiting(self)]
+        """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them.
+
+        Empty where a lost holder can't be asked any more.
+        """
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+            return [f"pid {pid} waits with {query!r}" for pid, query in _waiting(self)]
+        return []
 
 
 @dataclass
@@ -261,6 +290,10 @@ def _take_snapshots(
                 break
             if group[0].identity.in_recovery:
                 break  # on a standby equal texts prove nothing (tried), so unequal ones need no second try
+        if not exact and not group[0].identity.in_recovery:
+            return _give_up(
+                group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases"
+            )
         moved = [held for held in group if not _tables_stand_still(held)]
         if not moved:
             return _describe(number, group, exact=exact)
@@ -268,13 +301,15 @@ def _take_snapshots(
         for held in moved:
             run_sql(held.locks, "ROLLBACK")
             _collect(opening, held.database, lambda: _lock_tables(held, lock_timeout_seconds))  # noqa: B023
+    return _give_up(group, opening, f"tables were made or rewritten in each of {TABLE_TRIES} tries to take a snapshot")
+
+
+def _give_up(group: list[Held], opening: _Opening, why: str) -> None:
     for held in group:
         opening.faults[held.database.name] = PassingError(
-            f"tables were made or rewritten in every one of {TABLE_TRIES} tries to take a snapshot",
-            next_step="try again when nobody changes the schema",
+            why, next_step="back up when less is written", step="taking the snapshots"
         )
         opening.held.pop(held.database.name, None)
-    return None
 
 
 def _begin_snapshot(held: Held) -> None:
@@ -327,6 +362,7 @@ def _describe(number: int, group: Sequence[Held], *, exact: bool) -> Server:
 def _watch(all_held: Sequence[Held], ddl_wait_limit_seconds: float | None, stopped: threading.Event) -> None:
     """Keep the holders awake, see when one is lost, and give a database up for whose locks DDL has waited too long."""
     next_ping = time.monotonic() + _PING_SECONDS
+    waiting_since: dict[tuple[str, int], float] = {}
     while not stopped.wait(_LOOK_SECONDS):
         is_time = time.monotonic() >= next_ping
         if is_time:
@@ -335,43 +371,67 @@ def _watch(all_held: Sequence[Held], ddl_wait_limit_seconds: float | None, stopp
             if held.lost is not None:
                 continue
             try:
-                if is_time and held.reader_lock.acquire(blocking=False):
+                # While a task reads through S, S is awake, and its socket readable for good reasons.
+                if held.reader_lock.acquire(blocking=False):
                     try:
-                        held.reader.execute(text("SELECT 1"))
+                        if is_time or held.is_readable():
+                            _ping(held.reader)
+                            with held.locks_lock:
+                                _ping(held.locks)
                     finally:
                         held.reader_lock.release()
-                if ddl_wait_limit_seconds is not None:
-                    _give_up_for_ddl(held, ddl_wait_limit_seconds)
                 elif is_time:
                     with held.locks_lock:
-                        held.locks.execute(text("SELECT 1"))
+                        _ping(held.locks)
+                if ddl_wait_limit_seconds is not None:
+                    _give_up_for_ddl(held, ddl_wait_limit_seconds, waiting_since)
             except sqlalchemy.exc.SQLAlchemyError as error:
-                cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
-                held.lost = FinalError(
-                    f"a session that held the snapshot was lost: {cause}",
-                    next_step="find out who ended it; the next backup starts anew",
-                    step="holding the snapshot",
-                )
+                held.lost = held.lost or _lost(error)
 
 
-def _give_up_for_ddl(held: Held, limit_seconds: float) -> None:
-    late = [f"pid {pid}: {query}" for pid, query, seconds in _waiting(held) if seconds > limit_seconds]
+def _ping(connection: Connection) -> None:
+    connection.execute(text("SELECT 1")).scalar_one()
+
+
+def _lost(error: sqlalchemy.exc.SQLAlchemyError) -> FinalError:
+    cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
+    return FinalError(
+        f"a session that held the snapshot was lost: {cause}",
+        next_step="find out who ended it; the next backup starts anew",
+        step="holding the snapshot",
+    )
+
+
+def _give_up_for_ddl(held: Held, limit_seconds: float, waiting_since: dict[tuple[str, int], float]) -> None:
+    # Timed here: an ordinary role sees neither statement nor times of others, and a wait's begin came with version 14.
+    now, name = time.monotonic(), held.database.name
+    waiting = dict(_waiting(held))
+    for key in [key for key in waiting_since if key[0] == name and key[1] not in waiting]:
+        del waiting_since[key]
+    late = [
+        f"pid {pid}: {query}"
+        for pid, query in waiting.items()
+        if now - waiting_since.setdefault((name, pid), now) >= limit_seconds
+    ]
     if late:
         held.lost = FinalError(
             f"given up after {limit_seconds:.0f} s because DDL waited for its locks: {'; '.join(late)}",
             next_step="run DDL outside of backups, or raise ATHENA_DDL_WAIT_SECONDS",
             step="holding the snapshot",
         )
-        for connection in (held.locks, held.reader):
-            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
-                connection.invalidate()
+        # Ended in the server: a task may be using the reader, and a connection is not for two threads at once.
+        with held.locks_lock, contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+            held.locks.execute(text("SELECT pg_catalog.pg_terminate_backend(:pid)"), {"pid": held.reader_pid})
+            held.locks.invalidate()
 
 
-def _waiting(held: Held) -> list[tuple[int, str, float]]:
+def _waiting(held: Held) -> list[tuple[int, str]]:
+    # pg_locks shows everybody's waiting; pg_stat_activity shows the statements of others to the privileged only.
     statement = text(
-        "SELECT pid, query, extract(epoch FROM pg_catalog.clock_timestamp() - query_start)::float8"
-        " FROM pg_catalog.pg_stat_activity WHERE :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
+        "SELECT DISTINCT l.pid, coalesce(a.query, 'an unknown statement') FROM pg_catalog.pg_locks l"
+        " LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid"
+        " WHERE NOT l.granted AND :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid)) ORDER BY 1"
     )
     with held.locks_lock:
         rows = held.locks.execute(statement, {"pid": held.locks_pid}).all()
-    return [(row[0], " ".join(row[1].split())[:200], row[2]) for row in rows]
+    return [(row[0], " ".join(row[1].split())[:200]) for row in rows]

@@ -21,8 +21,8 @@ from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.cut import Cut, Held
 from athena_backup.postgres.facts import expected_bytes, read_facts, with_dump
-from athena_backup.postgres.sessions import Database, libpq_environment
-from athena_backup.process import Ended, running
+from athena_backup.postgres.sessions import Database, connection_string, libpq_environment
+from athena_backup.process import STDERR_LIMIT_LINES, Ended, running
 from athena_backup.store import Store
 
 DUMP = "dump.pgc.zst"
@@ -68,7 +68,7 @@ def write_database(
     head = ArchiveHead(find_client("pg_restore", client_version(client), [client.parent]), operation)
     operation.expect(database.name, expected_bytes(held))
     facts = read_facts(held, operation)
-    dump = _Dump(held, client, head)
+    dump = _Dump(held, client, head, facts.encoding)
     parts = write_stream(
         Source(database.name, dump.chunks),
         store,
@@ -96,7 +96,8 @@ def write_database(
 class _Dump:
     """One run of `pg_dump` as a `Source`; ``omitted`` is known when its chunks have ended."""
 
-    def __init__(self, held: Held, client: Path, head: ArchiveHead) -> None:
+    def __init__(self, held: Held, client: Path, head: ArchiveHead, encoding: str) -> None:
+        self._encoding = encoding
         self._held = held
         self._client = client
         self._head = head
@@ -105,7 +106,7 @@ class _Dump:
     def chunks(self, operation: Operation) -> Iterator[bytes]:
         """The dump's bytes; ends without an error only if pg_dump ended well and the holders still live."""
         command = [
-            *(str(self._client), "--format=custom", "--compress=0", "--no-password"),
+            *(str(self._client), "--format=custom", "--compress=0", "--no-password", f"--encoding={self._encoding}"),
             *(f"--snapshot={self._held.snapshot}", f"--lock-wait-timeout={_LOCK_WAIT_MILLISECONDS}"),
         ]
         environment = {
@@ -126,7 +127,7 @@ class _Dump:
                 yield chunk
             ended = child.wait(operation)
         operation.check()
-        self._held.check()
+        self._held.prove()
         self._judge(ended, seen_bytes)
 
     def _judge(self, ended: Ended, seen_bytes: int) -> None:
@@ -134,6 +135,8 @@ class _Dump:
             raise self._failure(ended)
         if seen_bytes == 0:
             raise FinalError("pg_dump ended with exit code 0 and wrote nothing", step="dumping")
+        if len(ended.stderr) >= STDERR_LIMIT_LINES:
+            raise FinalError(f"pg_dump wrote more than {STDERR_LIMIT_LINES} lines of warnings", step="dumping")
         for line in ended.stderr:
             omits = is_known_warning(line)
             if omits is None:
@@ -147,7 +150,8 @@ class _Dump:
 
     def _failure(self, ended: Ended) -> AthenaError:
         said = "\n".join(ended.stderr)
-        if "lock timeout" in said or "could not obtain lock" in said:
+        # pg_dump's --lock-wait-timeout is a statement_timeout for LOCK TABLE alone.
+        if re.search(r"due to (lock|statement) timeout|could not obtain lock", said):
             waiting = "; ".join(self._held.waiting()) or "whoever waited is gone by now"
             return FinalError(
                 f"pg_dump was refused a table lock: {waiting}",
@@ -176,7 +180,13 @@ def write_globals(
     client = find_client("pg_dumpall", held.identity.version, directories)
     url = held.database.url
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
-    command = [str(client), "--globals-only", "--no-role-passwords", "--no-password", f"--database={url.database}"]
+    command = [
+        str(client),
+        "--globals-only",
+        "--no-role-passwords",
+        "--no-password",
+        f"--dbname={connection_string(url.database or '')}",
+    ]
     sql = bytearray()
     with running(command, operation, environment=environment, writes=True) as child:
         while chunk := os.read(child.stdout.fileno(), _CHUNK_BYTES):

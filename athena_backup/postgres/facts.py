@@ -23,9 +23,33 @@ _COUNTED_TABLES = text(
     " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype OPERATOR(pg_catalog.=) 'e')"
     " ORDER BY n.nspname, c.relname"
 )
+# The bootstrap superuser (OID 10) is pinned: pg_shdepend has no line about it, so what it owns is looked up. Objects that
+# initdb made (below 16384) and members of extensions are in no dump.
+_BOOTSTRAP_OWNS = " OR ".join(
+    f"EXISTS (SELECT FROM pg_catalog.{catalog} o WHERE o.{column} OPERATOR(pg_catalog.=) CAST(10 AS oid)"  # noqa: S608 - constants
+    " AND o.oid OPERATOR(pg_catalog.>=) CAST(16384 AS oid) AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e"
+    f" WHERE e.classid OPERATOR(pg_catalog.=) 'pg_catalog.{catalog}'::pg_catalog.regclass"
+    " AND e.objid OPERATOR(pg_catalog.=) o.oid AND e.deptype OPERATOR(pg_catalog.=) 'e'))"
+    for catalog, column in (
+        ("pg_class", "relowner"),
+        ("pg_proc", "proowner"),
+        ("pg_namespace", "nspowner"),
+        ("pg_type", "typowner"),
+        ("pg_operator", "oprowner"),
+        ("pg_largeobject_metadata", "lomowner"),
+        ("pg_foreign_data_wrapper", "fdwowner"),
+        ("pg_foreign_server", "srvowner"),
+        ("pg_publication", "pubowner"),
+        ("pg_event_trigger", "evtowner"),
+        ("pg_language", "lanowner"),
+        ("pg_collation", "collowner"),
+        ("pg_ts_config", "cfgowner"),
+        ("pg_ts_dict", "dictowner"),
+    )
+)
 # Every role that something in the database refers to: owners and grantees stand in pg_shdepend.
 _ROLES = text(
-    "SELECT r.rolname AS name, r.rolcanlogin AS can_login, r.rolinherit AS inherit, r.rolcreatedb AS create_database,"
+    "SELECT r.rolname AS name, r.rolcanlogin AS can_login, r.rolinherit AS inherit, r.rolcreatedb AS create_database,"  # noqa: S608 - constants
     " r.rolconnlimit AS connection_limit, ARRAY(SELECT p.rolname::text FROM pg_catalog.pg_auth_members m"
     " JOIN pg_catalog.pg_roles p ON p.oid OPERATOR(pg_catalog.=) m.roleid"
     " WHERE m.member OPERATOR(pg_catalog.=) r.oid ORDER BY 1) AS member_of FROM pg_catalog.pg_roles r"
@@ -37,7 +61,8 @@ _ROLES = text(
     " UNION SELECT a.grantee FROM pg_catalog.pg_database, pg_catalog.aclexplode(datacl) a"
     " WHERE datname OPERATOR(pg_catalog.=) current_database()"
     " UNION SELECT setrole FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_database d"
-    " ON d.oid OPERATOR(pg_catalog.=) s.setdatabase WHERE d.datname OPERATOR(pg_catalog.=) current_database())"
+    " ON d.oid OPERATOR(pg_catalog.=) s.setdatabase WHERE d.datname OPERATOR(pg_catalog.=) current_database()"
+    f" UNION SELECT CAST(10 AS oid) WHERE {_BOOTSTRAP_OWNS})"
     " ORDER BY r.rolname"
 )
 

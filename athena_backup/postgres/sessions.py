@@ -5,6 +5,7 @@ be incomplete or different ("PostgreSQL", section 2). Passwords go into environm
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -112,6 +113,10 @@ def libpq_environment(url: URL) -> dict[str, str]:
         "PGAPPNAME": APPLICATION_NAME,
         "PGCONNECT_TIMEOUT": str(CONNECT_SECONDS),
     }
+    # What libpq takes from the environment for our own sessions, TLS above all, holds for the child too.
+    environment |= {
+        name: value for name, value in os.environ.items() if name.startswith("PGSSL") or name == "PGPASSFILE"
+    }
     for name, value in url.query.items():
         variable = _LIBPQ_VARIABLES.get(name)
         if variable:
@@ -188,24 +193,6 @@ def cancelled_with(connection: Connection, operation: Operation) -> Iterator[Non
         forget()
 
 
-def refuse_pooler(connection: Connection) -> None:
-    """Raise `FinalError` if a connection pooler stands between us and the server.
-
-    A pooler hands out a process id of its own for cancelling. In transaction mode it would give each transaction another
-    server session, without our settings; session mode can't be told apart from outside, so it is refused as well.
-    """
-    driver = connection.connection.driver_connection
-    if not isinstance(driver, psycopg.Connection):
-        raise TypeError("only sessions of psycopg know their server process")
-    pids = {connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one() for _ in range(3)}
-    if pids != {driver.info.backend_pid}:
-        raise FinalError(
-            "a connection pooler stands between this program and PostgreSQL",
-            next_step="give the server's own address and port in ATHENA_DATABASES, not the pooler's",
-            step="connecting",
-        )
-
-
 def identity(connection: Connection) -> ServerIdentity:
     """Which server ``connection`` is on."""
     row = connection.execute(
@@ -229,6 +216,12 @@ def identity(connection: Connection) -> ServerIdentity:
         ).one()
         system_identifier, timeline = control.system_identifier, control.timeline
     return ServerIdentity(system_identifier, timeline, row.address, row.port, row.started, row.version, row.in_recovery)
+
+
+def connection_string(database: str) -> str:
+    """A libpq connection string that names just the database, whatever characters its name has (libpq, 34.1.1.1)."""
+    escaped = database.replace("\\", "\\\\").replace("'", "\\'")
+    return f"dbname='{escaped}'"
 
 
 def quoted(identifier: str) -> str:

@@ -20,7 +20,15 @@ from athena_backup.operation import Operation
 from athena_backup.pipeline import read_stream
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.rename import database_oid, drop_database, maintenance_session, side_databases, side_name
-from athena_backup.postgres.sessions import Database, cancelled_with, libpq_environment, quoted, run_sql, session
+from athena_backup.postgres.sessions import (
+    Database,
+    cancelled_with,
+    connection_string,
+    libpq_environment,
+    quoted,
+    run_sql,
+    session,
+)
 from athena_backup.process import running
 from athena_backup.store import Store
 
@@ -144,7 +152,7 @@ def restoring_client(facts: DatabaseFacts, server: int, directories: Sequence[Pa
 
 def _load(component: Component, staging: Database, client: Path, store: Store, operation: Operation) -> None:
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(staging.url)}
-    command = [str(client), "--exit-on-error", "--no-password", "--dbname", staging.database]
+    command = [str(client), "--exit-on-error", "--no-password", f"--dbname={connection_string(staging.database)}"]
     with running(command, operation, environment=environment, reads=True) as child:
         feeding = _Feeding(child.stdin.fileno(), component, store, operation)
         thread = threading.Thread(target=feeding.run, name=f"feed-{component.name}", daemon=True)

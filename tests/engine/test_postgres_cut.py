@@ -1,0 +1,223 @@
+"""The cut: one instant over all databases of a server, held to the end, or a fault that says why not."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from athena_backup.errors import AthenaError, FinalError
+from athena_backup.operation import Operation
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.embedded import EmbeddedServer
+from athena_backup.postgres.sessions import Database
+
+
+@contextlib.contextmanager
+def made_databases(postgres: EmbeddedServer, count: int) -> Iterator[list[Database]]:
+    names = [f"cut_{uuid4().hex[:10]}" for _ in range(count)]
+    with connected(postgres, "postgres") as admin:
+        for name in names:
+            admin.execute(f"CREATE DATABASE {name}")
+        yield [Database(f"c{number}", postgres.url(name)) for number, name in enumerate(names)]
+        for name in names:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def connected(postgres: EmbeddedServer, database: str, **options: str) -> "psycopg.Connection[tuple[object, ...]]":
+    defaults = {"host": "127.0.0.1", "port": str(postgres.port), "dbname": database, "user": "postgres"}
+    return psycopg.connect(make_conninfo(**{**defaults, **options}), autocommit=True)
+
+
+def await_true(condition: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        threading.Event().wait(0.02)
+
+
+def scalar(postgres: EmbeddedServer, database: Database, snapshot: str, sql: str) -> object:
+    with connected(postgres, database.database) as reader:
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        reader.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
+        row = reader.execute(sql).fetchone()
+        assert row is not None
+        return row[0]
+
+
+def test_databases_of_one_server_are_cut_at_one_instant_while_writers_write_across_them(
+    postgres: EmbeddedServer,
+) -> None:
+    with made_databases(postgres, 2) as databases:
+        for database in databases:
+            with connected(postgres, database.database) as one:
+                one.execute("CREATE TABLE t (n bigint)")
+        stop = threading.Event()
+
+        def write() -> None:
+            with connected(postgres, databases[0].database) as a, connected(postgres, databases[1].database) as b:
+                number = 0
+                while not stop.is_set():
+                    number += 1
+                    a.execute("INSERT INTO t VALUES (%s)", (number,))
+                    b.execute("INSERT INTO t VALUES (%s)", (number,))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(5):
+                with hold_cut(databases, Operation()) as cut:
+                    assert not cut.faults
+                    assert cut.servers[0].exact
+                    assert cut.servers[0].spread_seconds == 0
+                    first, second = (
+                        scalar(postgres, one, cut.of(one.name).snapshot, "SELECT coalesce(max(n), 0) FROM t")
+                        for one in databases
+                    )
+                # What the second has, the first had before it; and it was never more than one row ahead.
+                assert isinstance(first, int)
+                assert isinstance(second, int)
+                assert first - 1 <= second <= first
+        finally:
+            stop.set()
+            writer.join()
+
+
+def test_truncate_and_a_rewriting_alter_wait_until_the_cut_is_let_go(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as admin:
+        admin.execute("CREATE TABLE t AS SELECT generate_series(1, 1000) i")
+        admin.execute("CREATE TABLE u AS SELECT generate_series(1, 1000) i")
+        with hold_cut([database], Operation()) as cut:
+            snapshot = cut.of(database.name).snapshot
+            for ddl in ("TRUNCATE t", "ALTER TABLE u ALTER i TYPE bigint"):
+                with (
+                    connected(postgres, database.database, options="-c lock_timeout=200ms") as other,
+                    pytest.raises(psycopg.errors.LockNotAvailable),
+                ):
+                    other.execute(ddl)
+            assert scalar(postgres, database, snapshot, "SELECT count(*) FROM t") == 1000
+            assert scalar(postgres, database, snapshot, "SELECT count(*) FROM u") == 1000
+        admin.execute("TRUNCATE t")
+
+
+def test_a_database_that_cannot_be_reached_stops_no_other(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [good]:
+        absent = Database("absent", postgres.url("no_such_database", password="s3cret-word"))
+        with hold_cut([absent, good], Operation()) as cut:
+            cut.of(good.name)
+            assert "no_such_database" in str(cut.faults["absent"])
+            assert "create the database" in str(cut.faults["absent"])
+            assert "s3cret-word" not in str(cut.faults["absent"])
+
+
+def test_a_table_that_someone_keeps_locked_is_a_fault_of_that_database_alone(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 2) as [locked, free], connected(postgres, locked.database) as admin:
+        admin.execute("CREATE TABLE t (i int)")
+        with admin.transaction():
+            admin.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+            with hold_cut([locked, free], Operation(), lock_timeout_seconds=0.3) as cut:
+                cut.of(free.name)
+                assert "lock" in str(cut.faults[locked.name])
+                assert cut.faults[locked.name].passing
+
+
+def test_two_components_that_are_one_database_are_refused(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [database]:
+        twin = Database("twin", database.url.set(host="localhost"))
+        with hold_cut([database, twin], Operation()) as cut:
+            assert set(cut.faults) == {database.name, "twin"}
+            assert "twin" in str(cut.faults[database.name])
+
+
+@pytest.mark.parametrize("which", ["locks", "reader"])
+def test_a_terminated_holder_is_noticed_at_once(postgres: EmbeddedServer, which: str) -> None:
+    with (
+        made_databases(postgres, 1) as [database],
+        connected(postgres, "postgres") as admin,
+        hold_cut([database], Operation()) as cut,
+    ):
+        held = cut.of(database.name)
+        pid = getattr(held, which).connection.driver_connection.info.backend_pid
+        admin.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        with pytest.raises(FinalError, match="lost"):
+            held.prove()
+        with pytest.raises(FinalError, match="lost"):
+            cut.of(database.name)
+
+
+def test_a_terminated_holder_is_noticed_by_the_watch_alone(postgres: EmbeddedServer) -> None:
+    with (
+        made_databases(postgres, 1) as [database],
+        connected(postgres, "postgres") as admin,
+        hold_cut([database], Operation()) as cut,
+    ):
+        held = cut.of(database.name)
+        admin.execute("SELECT pg_terminate_backend(%s, 5000)", (held.locks_pid,))
+        await_true(lambda: held.lost is not None, seconds=8)
+
+
+def test_ddl_that_waits_too_long_ends_the_backup_even_when_its_text_is_hidden_from_us(
+    postgres: EmbeddedServer,
+) -> None:
+    owner = f"owner_{uuid4().hex[:8]}"
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as admin:
+        admin.execute(f"CREATE ROLE {owner} LOGIN")
+        admin.execute(f"CREATE TABLE t (i int); ALTER TABLE t OWNER TO {owner}")
+        ordinary = Database(database.name, postgres.url(database.database, user=owner))
+        with hold_cut([ordinary], Operation(), ddl_wait_limit_seconds=1) as cut:
+            held = cut.of(database.name)
+            with connected(postgres, database.database, options="-c lock_timeout=10s") as other:
+                # A superuser's statement, which the owner may not see; it goes through once the holders are let go.
+                other.execute("TRUNCATE t")
+                assert f"pid {other.info.backend_pid}" in str(held.lost)
+            with pytest.raises(AthenaError, match="given up"):
+                cut.of(database.name)
+        admin.execute(f"DROP OWNED BY {owner}; DROP ROLE {owner}")
+
+
+def test_a_connection_pooler_is_refused(postgres: EmbeddedServer) -> None:
+    with (
+        made_databases(postgres, 1) as [database],
+        pooler_like(postgres.port) as port,
+        hold_cut([Database("pooled", database.url.set(port=port))], Operation()) as cut,
+    ):
+        assert "pooler" in str(cut.faults["pooled"])
+
+
+@contextlib.contextmanager
+def pooler_like(target: int) -> Iterator[int]:
+    """A relay that, like PgBouncer, hands out a process id of its own (the message BackendKeyData)."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections: list[socket.socket] = []
+
+    def relay(source: socket.socket, sink: socket.socket, *, change: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                key = data.find(b"K\x00\x00\x00\x0c") if change else -1
+                if key >= 0:
+                    data = data[: key + 5] + b"\x00\x00\x00\x07" + data[key + 9 :]
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", target))
+                connections.extend((client, server))
+                threading.Thread(target=relay, args=(client, server), kwargs={"change": False}, daemon=True).start()
+                threading.Thread(target=relay, args=(server, client), kwargs={"change": True}, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()
+        for one in connections:
+            one.close()
