@@ -1,6 +1,7 @@
 """What the tests stand up: a PostgreSQL server, a store in a directory, a service. Each is stopped when its users are done."""
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def make_database(postgres: EmbeddedServer) -> Iterator[Callable[..., Database]]
         if sql:
             with session(url, {"search_path": "public"}) as connection:
                 run_sql(connection, sql)
-        return Database(name, url)
+        return Database(re.sub(r"[^a-z0-9]", "", name.lower()) or "database", url)
 
     yield make
     with session(postgres.url()) as connection:

@@ -291,9 +291,8 @@ def _take_snapshots(
             if group[0].identity.in_recovery:
                 break  # on a standby equal texts prove nothing (tried), so unequal ones need no second try
         if not exact and not group[0].identity.in_recovery:
-            return _give_up(
-                group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases"
-            )
+            _give_up(group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases")
+            return None
         moved = [held for held in group if not _tables_stand_still(held)]
         if not moved:
             return _describe(number, group, exact=exact)
@@ -301,7 +300,8 @@ def _take_snapshots(
         for held in moved:
             run_sql(held.locks, "ROLLBACK")
             _collect(opening, held.database, lambda: _lock_tables(held, lock_timeout_seconds))  # noqa: B023
-    return _give_up(group, opening, f"tables were made or rewritten in each of {TABLE_TRIES} tries to take a snapshot")
+    _give_up(group, opening, f"tables were made or rewritten in each of {TABLE_TRIES} tries to take a snapshot")
+    return None
 
 
 def _give_up(group: list[Held], opening: _Opening, why: str) -> None:

@@ -82,8 +82,9 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
         f"ENCODING {_literal(facts.encoding)}",
         f"LC_COLLATE {_literal(facts.collate)}",
         f"LC_CTYPE {_literal(facts.ctype)}",
-        f"TABLESPACE {quoted(facts.tablespace)}",
     ]
+    if facts.tablespace != "pg_default":  # naming even the default one takes a right that an ordinary owner lacks
+        options.append(f"TABLESPACE {quoted(facts.tablespace)}")
     if server >= 150_000:
         provider = {"c": "libc", "i": "icu", "b": "builtin"}[facts.locale_provider]
         options.append(f"LOCALE_PROVIDER {provider}")

@@ -1,0 +1,378 @@
+"""A database comes back exactly: loaded beside the live one, proven, and switched by OID in one transaction."""
+
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import URL, text
+
+from athena_backup.errors import AthenaError, DamagedError, FinalError
+from athena_backup.manifest import Component
+from athena_backup.names import SetId, Timestamp
+from athena_backup.operation import Operation
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.preflight import preflight_database
+from athena_backup.postgres.rename import database_oid, drop_database, side_name, switch_database
+from athena_backup.postgres.sessions import Database, libpq_environment, run_sql, session
+from athena_backup.postgres.staging import StagedDatabase, discard_staging, stage_database
+from athena_backup.store.local import LocalStore
+from deployments.demo_databases import build_databases, fingerprint_databases
+
+SET = SetId("app", Timestamp.of(datetime.now(UTC)))
+RESTORE = "0123456789ab"
+Make = Callable[..., Database]
+
+
+def dump(database: Database, store: LocalStore) -> Component:
+    with hold_cut([database], Operation()) as cut:
+        return write_database(database, cut, store, SET, "run", Operation(), client_directories=[binaries()])
+
+
+def stage(component: Component, target: Database, store: LocalStore) -> StagedDatabase:
+    assert preflight_database(component, target, RESTORE, [binaries()]) == []
+    return stage_database(component, target, store, RESTORE, Operation(), client_directories=[binaries()])
+
+
+def restore(component: Component, target: Database, store: LocalStore) -> None:
+    staged = stage(component, target, store)
+    switch_database(target, staged.oid, RESTORE, "app", Operation())
+    discard_staging(target, RESTORE)
+
+
+def stock_dump(url: URL, *options: str) -> list[str]:
+    environment = {"PATH": os.environ["PATH"], **libpq_environment(url)}
+    command = [str(binaries() / "pg_dump"), "--restrict-key=test", *options]
+    sql = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return [line for line in sql.splitlines() if not line.startswith("--")]
+
+
+def rows(database: Database, query: str) -> list[tuple[object, ...]]:
+    with session(database.url) as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+def test_everything_a_database_can_hold_comes_back_equal(postgres: EmbeddedServer, local_store: LocalStore) -> None:
+    server = postgres.url()
+    names = ("asp", "airflow", "gogs", "exec", "metadata")
+    build_databases(server, 0.01)
+    try:
+        before = fingerprint_databases(server, binaries())
+        schemas = {name: stock_dump(server.set(database=name), "--schema-only") for name in names}
+        data = {name: sorted(stock_dump(server.set(database=name), "--data-only")) for name in names}
+        for name in names:
+            target = Database(name, server.set(database=name))
+            component = dump(target, local_store)
+            with session(server) as connection:
+                run_sql(connection, f"DROP DATABASE {name} WITH (FORCE)")
+            restore(component, target, local_store)
+        assert fingerprint_databases(server, binaries()) == before
+        for name in names:
+            assert stock_dump(server.set(database=name), "--schema-only") == schemas[name]
+            assert sorted(stock_dump(server.set(database=name), "--data-only")) == data[name]
+    finally:
+        with session(server) as connection:
+            for name in names:
+                run_sql(connection, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            for role in ("analyst", "reporting", "prophecy"):
+                run_sql(connection, f"DROP ROLE IF EXISTS {role}")
+
+
+def test_what_hangs_on_a_databases_oid_comes_back_though_the_oid_is_new(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database('dressed: 100% "odd"', "CREATE TABLE t AS SELECT 1 AS i")
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE ROLE dressed_reader NOLOGIN")
+        for statement in (
+            "COMMENT ON DATABASE {} IS 'it''s: 100%'",
+            "GRANT CREATE ON DATABASE {} TO dressed_reader WITH GRANT OPTION",
+            'ALTER DATABASE {} SET search_path = "$user", public, "odd: 5%"',
+            "ALTER DATABASE {} SET extra_float_digits = -5",
+            "ALTER DATABASE {} SET default_transaction_read_only = on",
+            "ALTER DATABASE {} SET \"my.setting\" = 'a: ''b'', c\\d'",
+            "ALTER ROLE dressed_reader IN DATABASE {} SET work_mem = '8MB'",
+            "ALTER DATABASE {} CONNECTION LIMIT 7",
+        ):
+            run_sql(connection, statement.format('"dressed: 100% ""odd"""'))
+    properties = (
+        "SELECT datconnlimit, ARRAY(SELECT unnest(datacl)::text ORDER BY 1), shobj_description(d.oid, 'pg_database'),"
+        " ARRAY(SELECT s.setrole::regrole::text || unnest(s.setconfig) FROM pg_db_role_setting s WHERE s.setdatabase = d.oid ORDER BY 1)"
+        " FROM pg_database d WHERE datname = current_database()"
+    )
+    before = rows(database, properties)
+    component = dump(database, local_store)
+    with session(postgres.url()) as connection:
+        old = database_oid(connection, database.database)
+    restore(component, database, local_store)
+    with session(postgres.url()) as connection:
+        assert database_oid(connection, database.database) != old
+        assert rows(database, properties) == before
+        run_sql(connection, 'ALTER DATABASE "dressed: 100% ""odd""" RESET ALL')
+        run_sql(connection, 'REVOKE ALL ON DATABASE "dressed: 100% ""odd""" FROM dressed_reader')
+        run_sql(connection, 'ALTER ROLE dressed_reader IN DATABASE "dressed: 100% ""odd""" RESET ALL')
+        run_sql(connection, "DROP ROLE dressed_reader")
+
+
+def test_a_database_that_was_dropped_is_made_again(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database("lost", "CREATE TABLE t AS SELECT generate_series(1, 10) AS i")
+    component = dump(database, local_store)
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE lost")
+    restore(component, database, local_store)
+    assert rows(database, "SELECT count(*) FROM public.t") == [(10,)]
+
+
+def test_the_live_database_serves_on_until_the_switch(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("serving", "CREATE TABLE t AS SELECT 1 AS i")
+    component = dump(database, local_store)
+    with session(database.url) as client:
+        run_sql(client, "INSERT INTO public.t VALUES (2)")
+        stage(component, database, local_store)
+        assert client.execute(text("SELECT count(*) FROM public.t")).scalar_one() == 2
+    assert rows(database, "SELECT count(*) FROM public.t") == [(2,)]
+
+
+def test_clients_that_reconnect_without_end_do_not_keep_a_switch_from_happening(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("stormed", "CREATE TABLE t AS SELECT 1 AS i")
+    component = dump(database, local_store)
+    staged = stage(component, database, local_store)
+    stopped = threading.Event()
+    conninfo = database.url.render_as_string(hide_password=False)
+
+    def storm() -> None:
+        while not stopped.is_set():
+            try:
+                with psycopg.connect(conninfo, connect_timeout=5) as connection:
+                    connection.execute("SELECT pg_sleep(0.01)")
+            except psycopg.Error:
+                continue
+
+    threads = [threading.Thread(target=storm) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        switched = switch_database(database, staged.oid, RESTORE, "app", Operation())
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+    assert switched.live_oid == staged.oid
+    assert switched.before_name == side_name(database.database, "b", RESTORE)
+
+
+def test_a_switch_whose_answer_was_lost_can_be_repeated(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database("twice", "CREATE TABLE t AS SELECT 1 AS i")
+    staged = stage(dump(database, local_store), database, local_store)
+    first = switch_database(database, staged.oid, RESTORE, "app", Operation())
+    second = switch_database(database, staged.oid, RESTORE, "app", Operation())
+    assert (first.live_oid, first.before_oid) == (second.live_oid, second.before_oid)
+    with session(postgres.url()) as connection:
+        assert database_oid(connection, "twice") == staged.oid
+
+
+def test_a_staging_that_somebody_replaced_is_never_switched_in(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database("replaced", "CREATE TABLE t AS SELECT 1 AS i")
+    staged = stage(dump(database, local_store), database, local_store)
+    with session(postgres.url()) as connection:
+        live = database_oid(connection, "replaced")
+        run_sql(connection, f'DROP DATABASE "{staged.name}"')
+        run_sql(connection, f'CREATE DATABASE "{staged.name}"')
+        with pytest.raises(FinalError, match="not the database that was staged"):
+            switch_database(database, staged.oid, RESTORE, "app", Operation())
+        assert database_oid(connection, "replaced") == live
+        with pytest.raises(FinalError, match="is kept"):
+            drop_database(connection, staged.name, staged.oid)
+
+
+def test_names_at_the_limit_of_63_bytes_never_meet_the_live_one(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    long = "größe_" + "x" * 55  # 63 bytes
+    assert len(long.encode()) == 63
+    database = make_database(long, "CREATE TABLE t AS SELECT 1 AS i")
+    component = dump(database, local_store)
+    staged = stage(component, database, local_store)
+    assert len(staged.name.encode()) <= 63
+    assert staged.name != long
+    switch_database(database, staged.oid, RESTORE, "app", Operation())
+    discard_staging(database, RESTORE)
+    assert rows(database, "SELECT i FROM public.t") == [(1,)]
+
+
+def test_discarding_leaves_other_databases_alone(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database("mine", "CREATE TABLE t AS SELECT 1 AS i")
+    make_database("mine2__athena_r_0123456789ab")
+    make_database("mine__athena_r_notours")
+    stage(dump(database, local_store), database, local_store)
+    assert discard_staging(database) == ["mine__athena_r_0123456789ab"]
+    with session(postgres.url()) as connection:
+        assert database_oid(connection, "mine2__athena_r_0123456789ab") is not None
+        assert database_oid(connection, "mine__athena_r_notours") is not None
+        assert database_oid(connection, "mine") is not None
+
+
+def test_a_damaged_dump_is_never_switched_in(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("damaged", "CREATE TABLE t AS SELECT i, md5(i::text) FROM generate_series(1, 50000) i")
+    component = dump(database, local_store)
+    path = Path(local_store.location.place) / component.parts[0].key
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    assert preflight_database(component, database, RESTORE, [binaries()]) == []
+    with pytest.raises(DamagedError, match="damaged"):
+        stage_database(component, database, local_store, RESTORE, Operation(), client_directories=[binaries()])
+    assert rows(database, "SELECT count(*) FROM public.t") == [(50000,)]
+
+
+def test_a_dump_that_restores_with_exit_code_0_but_fewer_rows_is_found_out(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database(
+        "fewer", "CREATE TABLE t AS SELECT generate_series(1, 10) AS i; CREATE SEQUENCE s; SELECT nextval('s')"
+    )
+    component = dump(database, local_store)
+    assert component.database is not None
+    (table,) = component.database.tables
+    promised = component.database.model_copy(update={"tables": (table.model_copy(update={"rows": 11}),)})
+    assert preflight_database(component, database, RESTORE, [binaries()]) == []
+    with pytest.raises(DamagedError, match="10 rows instead of 11"):
+        stage_database(
+            component.model_copy(update={"database": promised}),
+            database,
+            local_store,
+            RESTORE,
+            Operation(),
+            client_directories=[binaries()],
+        )
+
+
+def test_roles_that_are_missing_are_made_without_any_power_and_existing_ones_are_not_touched(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE ROLE mighty SUPERUSER LOGIN CREATEROLE REPLICATION BYPASSRLS PASSWORD 'secret'")
+        run_sql(connection, "CREATE ROLE present LOGIN CONNECTION LIMIT 3")
+    database = make_database(
+        "roles", "CREATE TABLE t (i integer); ALTER TABLE t OWNER TO mighty; GRANT SELECT ON t TO present"
+    )
+    component = dump(database, local_store)
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE roles")
+        run_sql(connection, "DROP ROLE mighty")
+        run_sql(connection, "ALTER ROLE present CONNECTION LIMIT 5")
+    restore(component, database, local_store)
+    query = (
+        "SELECT rolname, rolsuper, rolcanlogin, rolcreaterole, rolreplication, rolbypassrls, rolconnlimit FROM pg_roles"
+    )
+    assert rows(database, f"{query} WHERE rolname = 'mighty'") == [("mighty", False, False, False, False, False, -1)]
+    assert rows(database, f"{query} WHERE rolname = 'present'") == [("present", False, True, False, False, False, 5)]
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE roles")
+        run_sql(connection, "DROP ROLE mighty")
+        run_sql(connection, "DROP ROLE present")
+
+
+class TestPreflight:
+    """What would block the switch or be lost by it is found before anything is touched."""
+
+    def faults(self, component: Component, database: Database) -> str:
+        found: list[AthenaError] = preflight_database(component, database, RESTORE, [binaries()])
+        return "; ".join(str(fault) for fault in found)
+
+    def test_a_prepared_transaction(self, make_database: Make, local_store: LocalStore) -> None:
+        database = make_database("prepared", "CREATE TABLE t (i integer)")
+        component = dump(database, local_store)
+        with session(database.url) as connection:
+            for statement in ("BEGIN", "INSERT INTO public.t VALUES (1)", "PREPARE TRANSACTION 'stuck'"):
+                run_sql(connection, statement)
+            assert "prepared transaction" in self.faults(component, database)
+            assert "stuck" in self.faults(component, database)
+            run_sql(connection, "ROLLBACK PREPARED 'stuck'")
+        assert self.faults(component, database) == ""
+
+    def test_a_logical_replication_slot(self, make_database: Make, local_store: LocalStore) -> None:
+        database = make_database("slotted")
+        component = dump(database, local_store)
+        with session(database.url) as connection:
+            run_sql(connection, "SELECT pg_create_logical_replication_slot('keeper', 'test_decoding')")
+            assert "replication slot" in self.faults(component, database)
+            run_sql(connection, "SELECT pg_drop_replication_slot('keeper')")
+
+    def test_a_subscription(self, make_database: Make, local_store: LocalStore) -> None:
+        database = make_database("subscribed")
+        component = dump(database, local_store)
+        with session(database.url) as connection:
+            run_sql(connection, "CREATE SUBSCRIPTION feed CONNECTION 'dbname=x' PUBLICATION p WITH (connect = false)")
+            assert "subscriptions (feed)" in self.faults(component, database)
+            run_sql(connection, "ALTER SUBSCRIPTION feed SET (slot_name = NONE)")
+            run_sql(connection, "DROP SUBSCRIPTION feed")
+
+    def test_a_role_that_may_not_create_databases_and_an_owner_that_it_is_not(
+        self, make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+    ) -> None:
+        with session(postgres.url()) as connection:
+            run_sql(connection, "CREATE ROLE weak LOGIN")
+        database = make_database("strong", "CREATE TABLE t (i integer)")
+        component = dump(database, local_store)
+        faults = self.faults(component, Database("strong", database.url.set(username="weak")))
+        assert "may not create databases" in faults
+        assert "belongs to postgres" in faults
+        with session(postgres.url()) as connection:
+            run_sql(connection, "DROP ROLE weak")
+
+    def test_a_set_from_a_newer_server(self, make_database: Make, local_store: LocalStore) -> None:
+        database = make_database("newer")
+        component = dump(database, local_store)
+        assert component.server is not None
+        newer = component.model_copy(update={"server": component.server.model_copy(update={"version": 190000})})
+        assert "PostgreSQL 19" in self.faults(newer, database)
+
+    def test_an_extension_that_the_destination_lacks(self, make_database: Make, local_store: LocalStore) -> None:
+        database = make_database("extended")
+        component = dump(database, local_store)
+        assert component.database is not None
+        extension = component.database.extensions[0].model_copy(update={"name": "postgis"})
+        facts = component.database.model_copy(update={"extensions": (extension,)})
+        assert "postgis" in self.faults(component.model_copy(update={"database": facts}), database)
+
+
+def test_an_ordinary_owner_without_superuser_can_back_up_and_restore(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE ROLE plain LOGIN CREATEDB")
+    database = make_database("plainly", "CREATE TABLE t AS SELECT generate_series(1, 10) AS i", owner="plain")
+    component = dump(database, local_store)
+    with session(database.url) as connection:
+        run_sql(connection, "DROP TABLE public.t")
+    restore(component, database, local_store)
+    assert rows(database, "SELECT count(*) FROM public.t") == [(10,)]
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE plainly")
+        run_sql(connection, "DROP ROLE plain")
+
+
+@pytest.mark.parametrize("name", ["x" * 63, "ü" * 40, "a", "__athena_r_0123456789ab"])
+def test_a_side_name_fits_and_ends_with_the_restores_id(name: str) -> None:
+    made = side_name(name, "b", RESTORE)
+    assert len(made.encode()) <= 63
+    assert re.search(r"__athena_b_0123456789ab$", made)
+    assert made.encode().decode() == made
