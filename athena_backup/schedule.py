@@ -1,23 +1,29 @@
 """BACKUP_FREQUENCY: the grammar of robfig/cron, and the instants that it means.
 
-The page that the contract links (pkg.go.dev/github.com/robfig/cron, "CRON Expression Format") describes six fields, seconds
-first, of which the last, day of week, may be left out; `?`, names, ranges, steps and lists; predefined schedules; and
+The page that the contract links (pkg.go.dev/github.com/robfig/cron, "CRON Expression Format") is that of v1: six fields,
+seconds first, of which the last, day of week, may be left out; ``?``, names, ranges, steps and lists; predefined schedules;
 ``@every`` with a Go duration. All instants are UTC. Pure: the clock comes in as a value.
 
 Two rules of the original that surprise: day of month and day of week are joined by *or* where both are restricted, and a
-field counts as unrestricted as soon as one item of its list begins with ``*`` or ``?`` (its "star bit"), ``*/2`` too.
+field counts as unrestricted as soon as one item of its list begins with ``*`` or ``?`` (its "star bit"), ``*/2`` too; only
+v3 changed that. The zone prefix ``TZ=`` came later as well. Where the original takes a slip for something (``1,,2``,
+``*-5``, ``@every -1h``), it is refused here: a backup should not run by a typing error.
 """
 
-import calendar
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
+from itertools import product
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_SEARCH_YEARS = 8
-"""29 February comes back after eight years at the latest (1896, 1904; 2096, 2104)."""
+_LONGEST_GAP_YEARS = 40
+"""29 February on one given weekday, across a year like 2100 that has none; everything else comes back sooner."""
+_LONGEST_DURATION_SECONDS = (2**63 - 1) // 10**9
+"""A Go duration is a signed 64-bit number of nanoseconds: 292 years."""
+_TIMES_IN_WORDS = 4
+"""A day with more times than this is described by its fields."""
 
 
 class ScheduleError(ValueError):
@@ -31,9 +37,26 @@ class _Field:
     high: int
     names: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        names = f" or {self.names[0][:3].upper()} to {self.names[-1][:3].upper()}" if self.names else ""
+        return f"{self.name}: {self.low} to {self.high}{names}"
 
-_MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
-_DAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
+
+_MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+_DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 _FIELDS = (
     _Field("seconds", 0, 59),
     _Field("minutes", 0, 59),
@@ -51,22 +74,32 @@ _PREDEFINED = {
     "@midnight": "0 0 0 * * *",
     "@hourly": "0 0 * * * *",
 }
-_GO_UNITS = {
-    "h": Fraction(3600),
-    "m": Fraction(60),
-    "s": Fraction(1),
-    "ms": Fraction(1, 1_000),
-    "us": Fraction(1, 1_000_000),
-    "µs": Fraction(1, 1_000_000),
-    "μs": Fraction(1, 1_000_000),
-    "ns": Fraction(1, 1_000_000_000),
+_NANOSECONDS = {
+    "h": 3_600_000_000_000,
+    "m": 60_000_000_000,
+    "s": 1_000_000_000,
+    "ms": 1_000_000,
+    "us": 1_000,
+    "µs": 1_000,  # the micro sign
+    "μs": 1_000,  # the Greek letter
+    "ns": 1,
 }
-_GO_PIECE = re.compile(r"(\d+\.?\d*|\.\d+)(h|ms|us|µs|μs|ns|m|s)")
+_GO_PIECE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(h|ms|us|µs|μs|ns|m|s)")
+
+
+@dataclass(frozen=True)
+class DayRule:
+    """On which days of its months a schedule is due, without the star bits' riddles; None means unrestricted."""
+
+    days_of_month: frozenset[int] | None
+    days_of_week: frozenset[int] | None
+    either: bool
+    """Both are restricted, and one of them is enough."""
 
 
 @dataclass(frozen=True)
 class CronSchedule:
-    """Six sets of numbers; ``any_day_of_month`` and ``any_day_of_week`` are the star bits of their fields."""
+    """Six sets of numbers (Sunday is 0); ``any_day_of_month``, ``any_day_of_week`` are the star bits of their fields."""
 
     seconds: frozenset[int]
     minutes: frozenset[int]
@@ -85,13 +118,56 @@ class CronSchedule:
         by_week = day.isoweekday() % 7 in self.days_of_week
         return by_month and by_week if self.any_day_of_month or self.any_day_of_week else by_month or by_week
 
+    def day_rule(self) -> DayRule:
+        """The same as `fires_on` says, in its plainest form."""
+        days = None if len(self.days_of_month) == 31 else self.days_of_month
+        weekdays = None if len(self.days_of_week) == 7 else self.days_of_week
+        if self.any_day_of_month or self.any_day_of_week:
+            return DayRule(days, weekdays, either=False)
+        if days is None or weekdays is None:
+            return DayRule(None, None, either=False)
+        if not _month_has_day(self.months, days):
+            return DayRule(None, weekdays, either=False)
+        return DayRule(days, weekdays, either=True)
+
     def next_after(self, instant: datetime) -> datetime | None:
-        """The first instant due after ``instant``; None if there is none within eight years."""
-        return _step(self, instant.astimezone(UTC), forwards=True)
+        """The first instant due strictly after ``instant`` (aware); None if the calendar ends before (year 9999)."""
+        return self._nearest(_utc(instant), forwards=True)
 
     def last_at_or_before(self, instant: datetime) -> datetime | None:
-        """The last instant due at or before ``instant``; None if there was none within eight years."""
-        return _step(self, instant.astimezone(UTC) + timedelta(microseconds=1), forwards=False)
+        """The last instant due at or before ``instant`` (aware); None if the calendar begins after it (year 1)."""
+        return self._nearest(_utc(instant), forwards=False)
+
+    def _nearest(self, instant: datetime, *, forwards: bool) -> datetime | None:
+        """Day by day to the first one that fits, then the first fitting time within it."""
+        day, one_day = instant.date(), timedelta(days=1 if forwards else -1)
+        while abs(day.year - instant.year) <= _LONGEST_GAP_YEARS:
+            if self.fires_on(day):
+                for candidate in self._instants_of(day, instant, forwards=forwards):
+                    if candidate > instant if forwards else candidate <= instant:
+                        return candidate
+            try:
+                day += one_day
+                while day.month not in self.months:
+                    # To the month's far edge and one step over it.
+                    edge = day.replace(day=28) + timedelta(days=4) if forwards else day
+                    day = edge.replace(day=1) if forwards else edge.replace(day=1) + one_day
+            except OverflowError:
+                return None
+        return None
+
+    def _instants_of(self, day: date, instant: datetime, *, forwards: bool) -> Iterator[datetime]:
+        """The due instants of a day in order (or backwards), without the hours and minutes on the wrong side of ``instant``."""
+        is_today = day == instant.date()
+        for hour in sorted(self.hours, reverse=not forwards):
+            if is_today and (hour < instant.hour if forwards else hour > instant.hour):
+                continue
+            is_now = is_today and hour == instant.hour
+            for minute in sorted(self.minutes, reverse=not forwards):
+                if is_now and (minute < instant.minute if forwards else minute > instant.minute):
+                    continue
+                for second in sorted(self.seconds, reverse=not forwards):
+                    yield datetime(day.year, day.month, day.day, hour, minute, second, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -104,15 +180,18 @@ class EverySchedule:
     interval_seconds: int
 
     def next_after(self, instant: datetime) -> datetime | None:
-        """The first instant due after ``instant``."""
-        return self._at((instant - _EPOCH) // timedelta(seconds=self.interval_seconds) + 1)
+        """The first instant due strictly after ``instant`` (aware); None if the calendar ends before (year 9999)."""
+        return self._at((_utc(instant) - _EPOCH) // timedelta(seconds=self.interval_seconds) + 1)
 
     def last_at_or_before(self, instant: datetime) -> datetime | None:
-        """The last instant due at or before ``instant``."""
-        return self._at((instant - _EPOCH) // timedelta(seconds=self.interval_seconds))
+        """The last instant due at or before ``instant`` (aware); None if the calendar begins after it (year 1)."""
+        return self._at((_utc(instant) - _EPOCH) // timedelta(seconds=self.interval_seconds))
 
-    def _at(self, number: int) -> datetime:
-        return _EPOCH + number * timedelta(seconds=self.interval_seconds)
+    def _at(self, number: int) -> datetime | None:
+        try:
+            return _EPOCH + number * timedelta(seconds=self.interval_seconds)
+        except OverflowError:
+            return None
 
 
 Schedule = CronSchedule | EverySchedule
@@ -121,13 +200,14 @@ Schedule = CronSchedule | EverySchedule
 def parse_schedule(text: str) -> Schedule:
     """Read a schedule; raises `ScheduleError` for what is none, and for one that would never be due."""
     stripped = text.strip()
-    if stripped.startswith("@every"):
+    if stripped.startswith(("TZ=", "CRON_TZ=")):
+        raise ScheduleError(f"{text!r}: there is no time zone in this grammar; write the fields alone, they are UTC")
+    if stripped.partition(" ")[0] == "@every":
         return _parse_every(stripped)
     if stripped.startswith("@"):
-        expression = _PREDEFINED.get(stripped)
-        if expression is None:
-            raise ScheduleError(f"{stripped!r} is not a schedule; there are {', '.join(_PREDEFINED)} and @every 1h30m")
-        stripped = expression
+        if stripped not in _PREDEFINED:
+            raise ScheduleError(f"{text!r} is not a schedule; there are {', '.join(_PREDEFINED)} and '@every 1h30m'")
+        stripped = _PREDEFINED[stripped]
     items = stripped.split()
     if len(items) == 5:
         items.append("*")
@@ -138,23 +218,33 @@ def parse_schedule(text: str) -> Schedule:
         )
     sets = [_parse_field(item, field) for item, field in zip(items, _FIELDS, strict=True)]
     (seconds, _), (minutes, _), (hours, _), (days, any_day), (months, _), (weekdays, any_weekday) = sets
-    schedule = CronSchedule(seconds, minutes, hours, days, months, weekdays, any_day, any_weekday)
-    if schedule.next_after(datetime(2000, 1, 1, tzinfo=UTC)) is None:
-        raise ScheduleError(f"{text!r} is never due: no month of it has such a day")
-    return schedule
+    if (any_day or any_weekday) and not _month_has_day(months, days):
+        raise ScheduleError(
+            f"day of month {items[3]!r} with month {items[4]!r}: never due, as no such month has such a day; "
+            "February has 29 at most, April, June, September and November have 30"
+        )
+    return CronSchedule(seconds, minutes, hours, days, months, weekdays, any_day, any_weekday)
 
 
 def _parse_every(text: str) -> EverySchedule:
+    """A Go duration in whole seconds, rounded down, at least one, as in the original."""
     duration = text.removeprefix("@every").strip()
-    pieces = _GO_PIECE.findall(duration)
-    if not pieces or "".join(number + unit for number, unit in pieces) != duration:
-        raise ScheduleError(f"{text!r}: {duration!r} is not a duration; write it like 1h30m or 90s")
-    seconds = sum((Fraction(number) * _GO_UNITS[unit] for number, unit in pieces), Fraction(0))
-    # As in the original: whole seconds, rounded down, at least one.
-    whole = max(1, int(seconds))
-    if whole > 100 * 366 * 86_400:
-        raise ScheduleError(f"{text!r} is longer than a hundred years")
-    return EverySchedule(whole)
+    unsigned = duration.removeprefix("+")
+    pieces: list[tuple[str, str]] = _GO_PIECE.findall(unsigned)
+    if unsigned != "0" and (not pieces or "".join(number + unit for number, unit in pieces) != unsigned):
+        raise ScheduleError(
+            f"@every {duration!r} is not a duration; write numbers with h, m, s, ms, us or ns, such as 1h30m, 90s or 1.5h"
+        )
+    nanoseconds = sum(int(Fraction(number) * _NANOSECONDS[unit]) for number, unit in pieces)
+    seconds = max(1, nanoseconds // 10**9)
+    if seconds > _LONGEST_DURATION_SECONDS:
+        raise ScheduleError(f"@every {duration!r} is too long; a duration of Go ends at 292 years (2562047h)")
+    return EverySchedule(seconds)
+
+
+def _month_has_day(months: frozenset[int], days: frozenset[int]) -> bool:
+    """Whether there is any date with one of the months and one of the days; 2000 is a leap year."""
+    return any((date(2000 + month // 12, month % 12 + 1, 1) - timedelta(days=1)).day >= min(days) for month in months)
 
 
 def _parse_field(text: str, field: _Field) -> tuple[frozenset[int], bool]:
@@ -173,84 +263,51 @@ def _parse_item(item: str, text: str, field: _Field) -> tuple[set[int], bool]:
     span, slash, step_text = item.partition("/")
     low_text, dash, high_text = span.partition("-")
     is_star = low_text in ("*", "?")
+    if not item:
+        raise _wrong(field, text, "an item of its list is empty")
     if is_star and dash:
-        raise _wrong(field, text, f"{item!r} is no range")
+        raise _wrong(field, text, f"{span!r} is no range")
     if is_star:
         low, high = field.low, field.high
     else:
         low = _number(low_text, text, field)
         high = _number(high_text, text, field) if dash else field.high if slash else low
-    step = 1
-    if slash:
-        if not re.fullmatch(r"[0-9]{1,9}", step_text):
-            raise _wrong(field, text, f"the step {step_text!r} is no number")
-        step = int(step_text)
-        if step == 0:
-            raise _wrong(field, text, "a step of 0 would never move on")
+    if slash and not re.fullmatch(r"[0-9]{1,9}", step_text):
+        raise _wrong(field, text, f"the step {step_text!r} is no number")
+    step = int(step_text) if slash else 1
+    if step == 0:
+        raise _wrong(field, text, "a step of 0 would never move on")
     if low > high:
-        raise _wrong(field, text, f"the range {span!r} runs backwards")
+        raise _wrong(field, text, f"the range {span!r} runs backwards; write two of them, with a comma")
     return set(range(low, high + 1, step)), is_star
 
 
 def _number(text: str, whole: str, field: _Field) -> int:
-    if text.upper() in field.names:
-        return field.names.index(text.upper()) + field.low
+    names = [name[:3].upper() for name in field.names]
+    if text.upper() in names:
+        return names.index(text.upper()) + field.low
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise _wrong(
-            field, whole, f"{text!r} is no number" + (f" or one of {', '.join(field.names)}" if field.names else "")
-        )
+        raise _wrong(field, whole, f"{text!r} is no number" + (" and no name" if names else ""))
     number = int(text)
     if not field.low <= number <= field.high:
-        raise _wrong(field, whole, f"{number} is outside {field.low} to {field.high}")
+        raise _wrong(field, whole, f"{number} is out of range")
     return number
 
 
 def _wrong(field: _Field, text: str, why: str) -> ScheduleError:
-    return ScheduleError(f"{field.name} {text!r}: {why}")
+    return ScheduleError(
+        f"{field.name} {text!r}: {why} ({field}; *, ?, N, N-M, each with /STEP, and lists with commas)"
+    )
 
 
-def _step(schedule: CronSchedule, instant: datetime, *, forwards: bool) -> datetime | None:
-    """The nearest due instant strictly after (or before) ``instant``: the first fitting day, then the time within it."""
-    day, sign = instant.date(), 1 if forwards else -1
-    limit = _SEARCH_YEARS * 366
-    for _ in range(limit):
-        if schedule.fires_on(day):
-            for candidate in _instants_of(schedule, day, instant, forwards=forwards):
-                if candidate > instant if forwards else candidate < instant:
-                    return candidate
-        try:
-            day = _next_fitting_month(schedule, day, sign)
-        except OverflowError:
-            return None
-    return None
-
-
-def _next_fitting_month(schedule: CronSchedule, day: date, sign: int) -> date:
-    """The next day in a direction, over months of the schedule only."""
-    day += timedelta(days=sign)
-    while day.month not in schedule.months:
-        if sign > 0:
-            day = day.replace(day=1) + timedelta(days=calendar.monthrange(day.year, day.month)[1])
-        else:
-            day = day.replace(day=1) - timedelta(days=1)
-    return day
-
-
-def _instants_of(schedule: CronSchedule, day: date, instant: datetime, *, forwards: bool) -> Iterator[datetime]:
-    """The due instants of a day in order (or backwards), those far on the wrong side of ``instant`` left out."""
-    is_today = day == instant.date()
-    for hour in sorted(schedule.hours, reverse=not forwards):
-        if is_today and (hour < instant.hour if forwards else hour > instant.hour):
-            continue
-        for minute in sorted(schedule.minutes, reverse=not forwards):
-            if is_today and hour == instant.hour and (minute < instant.minute if forwards else minute > instant.minute):
-                continue
-            for second in sorted(schedule.seconds, reverse=not forwards):
-                yield datetime(day.year, day.month, day.day, hour, minute, second, tzinfo=UTC)
+def _utc(instant: datetime) -> datetime:
+    if instant.tzinfo is None:
+        raise ValueError(f"{instant} has no time zone")
+    return instant.astimezone(UTC)
 
 
 def upcoming(schedule: Schedule, instant: datetime, count: int) -> list[datetime]:
-    """The next ``count`` due instants after ``instant``."""
+    """The next ``count`` due instants after ``instant``; fewer only where the calendar ends."""
     found: list[datetime] = []
     following = schedule.next_after(instant)
     while following is not None and len(found) < count:
@@ -260,50 +317,55 @@ def upcoming(schedule: Schedule, instant: datetime, count: int) -> list[datetime
 
 
 def in_words(schedule: Schedule) -> str:
-    """The schedule in English."""
+    """The schedule in English, such as "every day at 00:00:00 UTC"; different instants never read the same."""
     if isinstance(schedule, EverySchedule):
-        return (
-            f"every {timedelta(seconds=schedule.interval_seconds)} (hours:minutes:seconds), counted from the Unix epoch"
-        )
-    return f"{_time_in_words(schedule)} {_days_in_words(schedule)}, UTC"
+        return f"every {_duration_in_words(schedule.interval_seconds)}, counted from 1970-01-01 00:00:00 UTC"
+    return f"{_days_in_words(schedule)} at {_times_in_words(schedule)} UTC"
 
 
-def _time_in_words(schedule: CronSchedule) -> str:
-    if len(schedule.hours) == len(schedule.minutes) == len(schedule.seconds) == 1:
-        (hour,), (minute,), (second,) = schedule.hours, schedule.minutes, schedule.seconds
-        return f"at {hour:02}:{minute:02}:{second:02}"
-    return (
-        f"at second {_numbers(schedule.seconds, _FIELDS[0])} of minute {_numbers(schedule.minutes, _FIELDS[1])}"
-        f" of hour {_numbers(schedule.hours, _FIELDS[2])}"
-    )
+def _duration_in_words(seconds: int) -> str:
+    minutes, second = divmod(seconds, 60)
+    hours, minute = divmod(minutes, 60)
+    return " ".join(f"{number} {unit}" for number, unit in ((hours, "h"), (minute, "min"), (second, "s")) if number)
+
+
+def _times_in_words(schedule: CronSchedule) -> str:
+    if len(schedule.hours) * len(schedule.minutes) * len(schedule.seconds) <= _TIMES_IN_WORDS:
+        times = product(sorted(schedule.hours), sorted(schedule.minutes), sorted(schedule.seconds))
+        return _listed([f"{hour:02}:{minute:02}:{second:02}" for hour, minute, second in times])
+    numbers = (schedule.seconds, schedule.minutes, schedule.hours)
+    return " of ".join(_runs(these, field) for these, field in zip(numbers, _FIELDS[:3], strict=True))
 
 
 def _days_in_words(schedule: CronSchedule) -> str:
-    every_month = len(schedule.days_of_month) == 31
-    every_week = len(schedule.days_of_week) == 7
-    months = "" if len(schedule.months) == 12 else " in " + _numbers(schedule.months, _FIELDS[4])
-    month_days = f"on day {_numbers(schedule.days_of_month, _FIELDS[3])} of the month"
-    week_days = f"on {_numbers(schedule.days_of_week, _FIELDS[5])}"
-    are_joined_by_or = not (schedule.any_day_of_month or schedule.any_day_of_week)
-    if (every_month and every_week) or (are_joined_by_or and (every_month or every_week)):
-        return f"every day{months}"
-    if every_month or every_week:
-        return (week_days if every_month else month_days) + months
-    return f"{month_days} {'or' if are_joined_by_or else 'and only if it is'} {week_days}{months}"
+    rule = schedule.day_rule()
+    months = _runs(schedule.months, _FIELDS[4])
+    in_months = "" if len(schedule.months) == 12 else f" in {months}"
+    month_days = f"on {_runs(rule.days_of_month, _FIELDS[3])} of {months}" if rule.days_of_month else ""
+    week_days = _runs(rule.days_of_week, _FIELDS[5]) if rule.days_of_week else ""
+    if month_days and week_days:
+        joined = f"{month_days} and also every {week_days}{in_months}"
+        return joined if rule.either else f"{month_days}, but only if it is {week_days.replace(' and ', ' or ')},"
+    return month_days or f"every {week_days or 'day'}{in_months}"
 
 
-def _numbers(numbers: frozenset[int], field: _Field) -> str:
-    """A set of numbers as a list of runs; names where the field has them."""
+def _runs(numbers: frozenset[int], field: _Field) -> str:
+    """A set of numbers as a list of runs: "minutes 0, 15, 30 and 45", "Monday to Friday", "every hour"."""
+    unit = "day" if field.name == "day of month" else field.name.removesuffix("s")
     if len(numbers) == field.high - field.low + 1:
-        return "any"
+        return f"every {unit}"
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
+    words = [str(number) for number in range(field.low, field.high + 1)] if not field.names else list(field.names)
+    listed = _listed(
+        [" to ".join(words[number - field.low] for number in dict.fromkeys((run[0], run[-1]))) for run in runs]
+    )
+    return listed if field.names else f"{unit}{'s' if len(numbers) > 1 else ''} {listed}"
 
-    def word(number: int) -> str:
-        return field.names[number - field.low].title() if field.names else str(number)
 
-    return ", ".join(word(run[0]) if len(run) == 1 else f"{word(run[0])} to {word(run[-1])}" for run in runs)
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,12 +1,13 @@
 """A volume into the store: the walk's entries as one tar archive, streamed, and what a restore must find again.
 
-Today a volume is one archive, ``0000.tar.zst``; the names and the extractor already allow several.
+Mirror of `volume_extract`. Today a volume is one archive, ``0000.tar.zst``; the names, the manifest and the reader already
+allow several.
 """
 
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,17 +18,21 @@ from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.store import Store
-from athena_backup.volume_pax import END, HARD_LINK, Member, header, member_of, padding, sparse_map
-from athena_backup.volume_walk import Entry, Walk, open_entry, shown, unreadable
+from athena_backup.volume_entry import Entry, open_entry, reading, shown
+from athena_backup.volume_pax import END, HARD_LINK, SEGMENT_LIMIT, Member, header, member_of, padding, sparse_map
+from athena_backup.volume_walk import Walk
 
 TORN_LIMIT = 0.01
 """Share of a volume's files that may change or vanish while they are read."""
-_REREAD_LIMIT_BYTES = 8 << 20
+REREAD_LIMIT_BYTES = 8 << 20
 """A file up to this size is read into memory, so that it can be read again if it changed; a larger one is torn at once."""
 _READS = 3
 _CHUNK_BYTES = 1 << 20
 _GATHER_BYTES = 256 << 10
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
+
+_Segments = Sequence[tuple[int, int]]
+"""Offset and length of each piece of data in a file; between them are holes."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ def write_volume(
     began = datetime.now(UTC)
     attempt = new_attempt()
     folder = component_folder(set_id, "volume", volume.name, attempt)
-    archive = _Archive(volume, torn_limit, allow_empty=allow_empty)
+    archive = _Archive(volume, Walk(volume.directory, operation), torn_limit, allow_empty=allow_empty)
     name = "0000.tar.zst"
     parts = write_stream(
-        Source(volume.name, archive.chunks),
+        Source(volume.name, lambda _: archive.chunks()),
         store,
         lambda number: f"{folder}{name}.{number:04}",
         operation,
@@ -81,9 +86,10 @@ def write_volume(
 
 @dataclass
 class _Archive:
-    """One pass over a volume as a `Source`; `facts` are known when its chunks have ended."""
+    """One pass over a volume; `facts` are known when its chunks have ended."""
 
     volume: Volume
+    walk: Walk
     torn_limit: float
     allow_empty: bool
     members: int = 0
@@ -95,55 +101,55 @@ class _Archive:
     uids: set[int] = field(default_factory=set)
     gids: set[int] = field(default_factory=set)
     xattr_classes: set[str] = field(default_factory=set)
-    links: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    walk: Walk | None = None
+    links: dict[tuple[int, int], tuple[bytes, int, int]] = field(default_factory=dict)
+    """Of every inode with several names: the first one, and the size and time that it had."""
 
-    def chunks(self, operation: Operation) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes]:
         """The archive's bytes, gathered into pieces worth handing on; ends only if the walk ended whole."""
-        self.walk = Walk(self.volume.directory, operation)
         gathered = bytearray()
-        for piece in self._pieces(self.walk):
+        for piece in self._pieces():
             gathered += piece
             if len(gathered) >= _GATHER_BYTES:
                 yield bytes(gathered)
                 gathered.clear()
-        self._judge(self.walk)
+        self._judge()
         yield bytes(gathered) + END
 
-    def _pieces(self, walk: Walk) -> Iterator[bytes]:
-        for entry in walk.entries():
-            walk.operation.check()
-            if stat.S_ISREG(entry.status.st_mode):
-                yield from self._file(walk, entry)
-            else:
-                yield from self._other(walk, entry)
+    def _pieces(self) -> Iterator[bytes]:
+        for entry in self.walk.entries():
+            self.walk.operation.check()
+            with reading(entry.path):
+                if stat.S_ISREG(entry.status.st_mode):
+                    yield from self._file(entry)
+                else:
+                    yield from self._other(entry)
 
-    def _judge(self, walk: Walk) -> None:
+    def _judge(self) -> None:
         if self.members <= 1 and not self.allow_empty:
             raise FinalError(
                 f"{self.volume.directory} is empty: is it mounted?",
                 next_step="mount it; a volume that may be empty is named in ATHENA_EMPTY_VOLUMES",
             )
-        lost = len(self.torn) + len(walk.vanished)
-        if lost > self.torn_limit * max(1, self.files + len(walk.vanished)):
-            names = ", ".join([*self.torn, *walk.vanished][:5])
+        vanished = self.walk.vanished
+        lost, all_files = len(self.torn) + len(vanished), self.files + len(vanished)
+        if lost > self.torn_limit * max(1, all_files):
+            names = ", ".join([*self.torn, *vanished][:5])
             raise FinalError(
-                f"{lost} of {self.files + len(walk.vanished)} files changed or vanished while they were read: {names}",
+                f"{lost} of {all_files} files changed or vanished while they were read: {names}",
                 next_step="back up when less is written, or raise ATHENA_TORN_LIMIT",
             )
 
     def facts(self) -> VolumeFacts:
         """What a restore must find again."""
-        walk = self.walk or Walk(self.volume.directory, Operation())
         return VolumeFacts(
             members=self.members,
             files=self.files,
             content_bytes=self.content_bytes,
             torn=tuple(self.torn),
-            vanished=tuple(walk.vanished),
-            sockets=walk.sockets,
-            other_file_systems=tuple(walk.other_file_systems),
-            alternates=tuple(walk.alternates),
+            vanished=tuple(self.walk.vanished),
+            sockets=self.walk.sockets,
+            other_file_systems=tuple(self.walk.other_file_systems),
+            alternates=tuple(self.walk.alternates),
             uids=tuple(sorted(self.uids)),
             gids=tuple(sorted(self.gids)),
             special_modes=self.special_modes,
@@ -151,90 +157,83 @@ class _Archive:
             xattr_classes=tuple(sorted(self.xattr_classes)),
         )
 
-    def _count(self, member: Member) -> None:
+    def _counted(self, member: Member) -> bytes:
+        """The header of a member that is now part of the archive."""
         self.members += 1
         self.uids.add(member.uid)
         self.gids.add(member.gid)
         self.special_modes |= bool(member.mode & _SPECIAL_BITS)
         self.xattr_classes.update(name.partition(".")[0] for name in member.xattrs)
+        return header(member)
 
-    def _other(self, walk: Walk, entry: Entry) -> Iterator[bytes]:
+    def _other(self, entry: Entry) -> Iterator[bytes]:
         """A directory, symbolic link, FIFO or device: a header only."""
-        link = b""
-        try:
-            if stat.S_ISLNK(entry.status.st_mode):
-                link = os.readlink(entry.name, dir_fd=entry.folder)
-            xattrs = _xattrs(f"/proc/self/fd/{entry.folder}/".encode() + (b"" if entry.path == b"." else entry.name))
-        except FileNotFoundError:
-            walk.missing.add(entry.path)
-            walk.vanished.append(shown(entry.path))
-            return
-        except OSError as error:
-            raise unreadable(entry.path, error) from None
-        member = member_of(entry.path, entry.status, link=link, xattrs=xattrs)
-        self.devices += stat.S_ISBLK(entry.status.st_mode) or stat.S_ISCHR(entry.status.st_mode)
-        self._count(member)
-        yield header(member)
+        link, xattrs, mode = b"", {}, entry.status.st_mode
+        if stat.S_ISDIR(mode):
+            # One without a descriptor is a mount point, whose attributes are another file system's.
+            xattrs = _xattrs(entry.opened) if entry.opened is not None else {}
+        else:
+            try:
+                link = os.readlink(entry.name, dir_fd=entry.folder) if stat.S_ISLNK(mode) else b""
+                xattrs = _xattrs(b"/proc/self/fd/%d/%b" % (entry.folder, entry.name))
+            except OSError as error:
+                # EINVAL: something else took the link's place (readlink(2)).
+                if error.errno not in (errno.ENOENT, errno.EINVAL):
+                    raise
+                self.walk.note_vanished(entry)
+                return
+        self.devices += stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+        yield self._counted(member_of(entry.path, entry.status, link=link, xattrs=xattrs))
 
-    def _file(self, walk: Walk, entry: Entry) -> Iterator[bytes]:
-        inode = (entry.status.st_dev, entry.status.st_ino)
-        first = self.links.get(inode) if entry.status.st_nlink > 1 else None
-        if first is not None:
-            member = member_of(entry.path, entry.status, link=first)
-            member = replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0)
-            self._count(member)
-            yield header(member)
+    def _file(self, entry: Entry) -> Iterator[bytes]:
+        opened = open_entry(entry)
+        if opened is None:
+            self.walk.note_vanished(entry)
             return
-        descriptor = open_entry(entry)
-        if descriptor is None:
-            walk.missing.add(entry.path)
-            walk.vanished.append(shown(entry.path))
-            return
+        descriptor, status = opened
         try:
+            if status.st_nlink > 1:
+                inode = (status.st_dev, status.st_ino)
+                first = self.links.get(inode)
+                # A deleted file's inode is given to the next one: the number alone does not make it the same file.
+                if first is not None and first[1:] == (status.st_size, status.st_mtime_ns):
+                    member = member_of(entry.path, status, link=first[0])
+                    yield self._counted(replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0))
+                    return
+                self.links[inode] = (entry.path, status.st_size, status.st_mtime_ns)
             yield from self._content(entry, descriptor)
-        except OSError as error:
-            raise unreadable(entry.path, error) from None
         finally:
             os.close(descriptor)
-        if entry.status.st_nlink > 1:
-            self.links[inode] = entry.path
 
     def _content(self, entry: Entry, descriptor: int) -> Iterator[bytes]:
-        before = os.fstat(descriptor)
         xattrs = _xattrs(descriptor)
-        if before.st_size <= _REREAD_LIMIT_BYTES and not _has_holes(before):
-            for _ in range(_READS):
-                content = _read_all(descriptor, before.st_size)
-                after = os.fstat(descriptor)
-                if _same(before, after) and len(content) == after.st_size:
-                    break
-                before = after
-            else:
-                self.torn.append(shown(entry.path))
-                content = content[: before.st_size].ljust(before.st_size, b"\0")
-            yield self._counted_file(member_of(entry.path, before, xattrs=xattrs))
-            yield content
-            yield padding(len(content))
-            return
-        yield from self._large(entry, descriptor, before, xattrs)
+        for _ in range(_READS):
+            before = os.fstat(descriptor)
+            if before.st_size > REREAD_LIMIT_BYTES:
+                yield from self._large(entry, descriptor, before, xattrs)
+                return
+            content = _read_all(descriptor, before.st_size)
+            segments = _segments(descriptor, before)
+            if _is_unchanged(entry, before, os.fstat(descriptor)) and len(content) == before.st_size:
+                break
+        else:
+            self.torn.append(shown(entry.path))
+            content = content[: before.st_size].ljust(before.st_size, b"\0")
+        yield from self._file_header(entry, before, segments, xattrs)
+        data = content if segments is None else b"".join(content[start : start + size] for start, size in segments)
+        yield data
+        yield padding(len(data))
 
     def _large(
         self, entry: Entry, descriptor: int, before: os.stat_result, xattrs: Mapping[str, bytes]
     ) -> Iterator[bytes]:
         """A file that is handed on as it is read: cut or padded to the size in its header if that changes meanwhile."""
-        segments = _segments(descriptor, before.st_size) if _has_holes(before) else [(0, before.st_size)]
-        member = member_of(entry.path, before, xattrs=xattrs)
-        if segments != [(0, before.st_size)]:
-            data_bytes = sum(length for _, length in segments)
-            mapped = sparse_map(segments)
-            member = replace(member, is_sparse=True, stored_bytes=len(mapped) + data_bytes)
-            yield self._counted_file(member)
-            yield mapped
-        else:
-            data_bytes = before.st_size
-            yield self._counted_file(member)
+        segments = _segments(descriptor, before)
+        yield from self._file_header(entry, before, segments, xattrs)
         is_short = False
-        for start, length in segments:
+        data_bytes = 0
+        for start, length in segments or [(0, before.st_size)]:
+            data_bytes += length
             position, end = start, start + length
             while position < end:
                 chunk = os.pread(descriptor, min(_CHUNK_BYTES, end - position), position)
@@ -244,26 +243,33 @@ class _Archive:
                 position += len(chunk)
                 yield chunk
         yield padding(data_bytes)
-        if is_short or not _same(before, os.fstat(descriptor)):
+        if is_short or not _is_unchanged(entry, before, os.fstat(descriptor)):
             self.torn.append(shown(entry.path))
 
-    def _counted_file(self, member: Member) -> bytes:
-        self._count(member)
+    def _file_header(
+        self, entry: Entry, status: os.stat_result, segments: _Segments | None, xattrs: Mapping[str, bytes]
+    ) -> Iterator[bytes]:
+        member = member_of(entry.path, status, xattrs=xattrs)
         self.files += 1
         self.content_bytes += member.size_bytes
-        return header(member)
+        if segments is None:
+            yield self._counted(member)
+            return
+        mapped = sparse_map(segments)
+        stored_bytes = len(mapped) + sum(length for _, length in segments)
+        yield self._counted(replace(member, is_sparse=True, stored_bytes=stored_bytes))
+        yield mapped
 
 
-def _same(before: os.stat_result, after: os.stat_result) -> bool:
+def _is_unchanged(entry: Entry, before: os.stat_result, after: os.stat_result) -> bool:
+    if entry.is_object:
+        # Git touches a pack to say that it is in use, and unlinks one that we are reading; its bytes stay what they are.
+        return before.st_size == after.st_size
     return (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
         after.st_size,
         after.st_mtime_ns,
         after.st_ctime_ns,
     )
-
-
-def _has_holes(status: os.stat_result) -> bool:
-    return status.st_blocks * 512 < status.st_size and status.st_size > 0
 
 
 def _read_all(descriptor: int, size_bytes: int) -> bytes:
@@ -276,27 +282,38 @@ def _read_all(descriptor: int, size_bytes: int) -> bytes:
     return content
 
 
-def _segments(descriptor: int, size_bytes: int) -> list[tuple[int, int]]:
-    """Where a file has data (lseek(2), SEEK_DATA and SEEK_HOLE); an empty last one carries the size behind a hole."""
+def _segments(descriptor: int, status: os.stat_result) -> _Segments | None:
+    """Where a file with holes has data (lseek(2), SEEK_DATA and SEEK_HOLE); None for one without.
+
+    The last piece ends at the file's size, empty if the file ends with a hole.
+    """
+    size_bytes = status.st_size
+    if status.st_blocks * 512 >= size_bytes:
+        return None
     segments: list[tuple[int, int]] = []
     position = 0
-    while position < size_bytes:
-        try:
+    try:
+        while position < size_bytes and len(segments) < SEGMENT_LIMIT - 2:
             start = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data behind this position
-            break
-        end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size_bytes)
-        if start >= size_bytes:
-            break
-        segments.append((start, end - start))
-        position = end
+            if start >= size_bytes:
+                break
+            position = min(os.lseek(descriptor, start, os.SEEK_HOLE), size_bytes)
+            segments.append((start, position - start))
+        else:
+            if position < size_bytes:
+                segments.append((position, size_bytes - position))
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a file system that can't tell
+            return None
+        if error.errno != errno.ENXIO:  # ENXIO: no data behind this position
+            raise
     if not segments or sum(segments[-1]) < size_bytes:
         segments.append((size_bytes, 0))
-    return segments
+    return None if segments == [(0, size_bytes)] else segments
 
 
 def _xattrs(where: int | bytes) -> dict[str, bytes]:
-    """All extended attributes; none where the file system has none."""
+    """All extended attributes; none where the file system has none. One that goes meanwhile is left out."""
     follow = isinstance(where, int)
     try:
         names = os.listxattr(where, follow_symlinks=follow)
@@ -304,4 +321,11 @@ def _xattrs(where: int | bytes) -> dict[str, bytes]:
         if error.errno == errno.ENOTSUP:
             return {}
         raise
-    return {name: os.getxattr(where, name, follow_symlinks=follow) for name in names}
+    found = {}
+    for name in names:
+        try:
+            found[name] = os.getxattr(where, name, follow_symlinks=follow)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+    return found

@@ -1,8 +1,7 @@
-"""A volume out of the store: the archive read as hostile, verified to its end, extracted by descriptors only.
+"""A volume out of the store into an empty folder, by descriptors only; mirror of `volume_archive`.
 
 Never `extractall` ("volumes", section 4): a set may come from anywhere and a restore may run as root. Every name is resolved
-below the staging folder by the kernel (openat2(2)), nothing is followed, nothing is replaced, and what the archive holds is
-bounded by what the manifest promises.
+below the staging folder by the kernel (openat2(2)), nothing is followed, nothing is replaced.
 """
 
 import contextlib
@@ -11,318 +10,268 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from athena_backup.errors import DamagedError, DeniedError, FinalError, FullError
-from athena_backup.manifest import Component, VolumeFacts
+from athena_backup.errors import AthenaError, DamagedError, DeniedError, FinalError, FullError
+from athena_backup.manifest import Component
 from athena_backup.operation import Operation
-from athena_backup.pipeline import read_stream
 from athena_backup.store import Store
-from athena_backup.volume_pax import (
-    BLOCK,
-    BLOCK_BYTES,
-    CHARACTER,
-    DIRECTORY,
-    EXTENDED_LIMIT_BYTES,
-    FIFO,
-    FILE,
-    HARD_LINK,
-    SYMLINK,
-    Member,
-    is_extended,
-    read_header,
-    read_member,
-    read_records,
-)
-from athena_backup.volume_walk import shown
+from athena_backup.volume_entry import shown
+from athena_backup.volume_pax import BLOCK, CHARACTER, DIRECTORY, FIFO, FILE, HARD_LINK, SYMLINK, Member
+from athena_backup.volume_read import Content, checked_path, read_archives
+
+OwnerMap = Mapping[tuple[int, int], tuple[int, int]]
+"""From uid and gid in the set to uid and gid here."""
 
 _OPENAT2 = 437
 _RESOLVE = 0x02 | 0x04 | 0x08  # RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
+_PATH_LIMIT_BYTES = 4_095
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_SEGMENT_LIMIT = 1 << 20
+_DEVICE_TYPES = {CHARACTER: stat.S_IFCHR, BLOCK: stat.S_IFBLK}
+_METADATA_REFUSED = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL}
 
 
-def extract_volume(component: Component, store: Store, staging: int, operation: Operation) -> None:
-    """Extract every archive of a volume into the empty folder behind the descriptor ``staging``.
+@dataclass(frozen=True)
+class RestoredVolume:
+    """What was extracted. ``losses`` says in words which attributes could not be set, where that was accepted."""
 
-    The staging folder itself gets mode, owner and time of the volume's root. Raises `DamagedError` unless everything that
-    component.json promises was found, `FinalError` for a member that a volume can't have, `DeniedError` and `FullError`.
+    members: int
+    losses: tuple[str, ...]
+
+
+def read_volume(
+    component: Component,
+    store: Store,
+    staging: Path | int,
+    operation: Operation,
+    *,
+    allow_devices: bool = False,
+    owner_map: OwnerMap | None = None,
+    accept_metadata_loss: bool = False,
+) -> RestoredVolume:
+    """Extract every archive of a volume into the empty folder ``staging`` (a path or an open descriptor).
+
+    The folder itself gets mode, owner, attributes and time of the volume's root. Raises `DamagedError` unless everything that
+    component.json promises was found, `FinalError` for a member that a volume can't have, `DeniedError` for attributes that
+    may not be set here (with ``accept_metadata_loss`` they are left out and told), and `FullError`.
     """
-    tree = _Tree(staging)
-    _read(component, store, operation, tree)
-    tree.finish()
-
-
-def verify_volume(component: Component, store: Store, operation: Operation) -> None:
-    """Read every archive of a volume to its verified end without extracting it; raises like `extract_volume`."""
-    _read(component, store, operation, None)
-
-
-def _read(component: Component, store: Store, operation: Operation, tree: "_Tree | None") -> None:
-    if component.volume is None:
-        raise DamagedError("the manifest holds no facts about this volume", component=component.name)
-    counted = _Counted(component.volume)
-    for stream in component.streams:
-        archive = _Archive(read_stream(component.name, stream.parts, store, operation))
-        for member in archive.members():
-            operation.check()
-            counted.add(member)
-            content = archive.content(member)
-            if tree is None:
-                for _ in content:
-                    pass
-            else:
-                tree.make(member, content)
-        archive.check_end()
-    counted.check()
+    with contextlib.ExitStack() as stack:
+        if isinstance(staging, Path):
+            with _told(os.fsencode(staging)):
+                staging = os.open(staging, _DIRECTORY_FLAGS)
+            stack.callback(os.close, staging)
+        dresser = _Dresser(owner_map or {}, accepts_loss=accept_metadata_loss)
+        tree = stack.enter_context(_Tree(staging, dresser, allow_devices=allow_devices))
+        read_archives(component, store, operation, tree.make)
+        tree.finish(operation)
+        return RestoredVolume(members=tree.members, losses=dresser.losses())
 
 
 @dataclass
-class _Counted:
-    """Pair of the writer's counting: the archive may never hold more, and at its end not less, than was promised."""
+class _Dresser:
+    """Gives entries their attributes: owner, then mode, then xattrs, then time; each of the first can undo a later one."""
 
-    promised: VolumeFacts
-    members: int = 0
-    files: int = 0
-    content_bytes: int = 0
+    owner_map: OwnerMap
+    accepts_loss: bool
+    _lost: dict[str, tuple[int, bytes]] = field(default_factory=dict)
 
-    def add(self, member: Member) -> None:
-        self.members += 1
-        if member.type == FILE:
-            self.files += 1
-            self.content_bytes += member.size_bytes
-        promised = self.promised
-        if (
-            self.members > promised.members
-            or self.files > promised.files
-            or self.content_bytes > promised.content_bytes
-        ):
-            raise DamagedError(f"the archive holds more than the manifest promises, from {shown(member.name)} on")
+    def dress(self, path: bytes, member: Member, descriptor: int) -> None:
+        """Dress what is open."""
+        mode = self._own(path, member, os.fstat(descriptor), os.chown, descriptor)
+        self._set("mode", path, os.chmod, descriptor, mode)
+        for attribute, value in member.xattrs.items():
+            self._set(attribute, path, os.setxattr, descriptor, attribute, value)
+        os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
 
-    def check(self) -> None:
-        promised = self.promised
-        found = (self.members, self.files, self.content_bytes)
-        if found != (promised.members, promised.files, promised.content_bytes):
-            raise DamagedError(
-                f"the archives hold {self.members} members, {self.files} files and {self.content_bytes} bytes; the manifest"
-                f" promises {promised.members}, {promised.files} and {promised.content_bytes}"
-            )
+    def dress_named(self, path: bytes, member: Member, folder: int) -> None:
+        """Dress what can't be opened: a link, FIFO or device in a folder that only we write to; never followed."""
+        name = path.rpartition(b"/")[2]
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        mode = self._own(path, member, status, os.chown, name, dir_fd=folder, follow_symlinks=False)
+        if member.type != SYMLINK:
+            self._set("mode", path, os.chmod, name, mode, dir_fd=folder)
+        where = b"/proc/self/fd/%d/%b" % (folder, name)
+        for attribute, value in member.xattrs.items():
+            self._set(attribute, path, os.setxattr, where, attribute, value, follow_symlinks=False)
+        os.utime(name, ns=(member.mtime_ns, member.mtime_ns), dir_fd=folder, follow_symlinks=False)
 
+    def _own(
+        self,
+        path: bytes,
+        member: Member,
+        status: os.stat_result,
+        chown: Callable[..., None],
+        target: int | bytes,
+        **where: object,
+    ) -> int:
+        """Set the owner and return the mode to be set: without set-id bits where the owner is not the one they mean."""
+        owner = self.owner_map.get((member.uid, member.gid), (member.uid, member.gid))
+        if (status.st_uid, status.st_gid) == owner or self._set("owner", path, chown, target, *owner, **where):
+            return member.mode
+        return member.mode & ~(stat.S_ISUID | stat.S_ISGID)
 
-class _Archive:
-    """One tar archive, read forwards."""
+    def _set(self, what: str, path: bytes, act: Callable[..., None], *args: object, **where: object) -> bool:
+        try:
+            act(*args, **where)
+        except OSError as error:
+            if not self.accepts_loss or error.errno not in _METADATA_REFUSED:
+                raise
+            count, first = self._lost.get(what, (0, path))
+            self._lost[what] = (count + 1, first)
+            return False
+        return True
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._buffer = bytearray()
-        self._pending = 0
-        """Bytes of the present member's content and padding that nobody has read yet."""
-
-    def members(self) -> Iterator[Member]:
-        records: dict[str, bytes] = {}
-        while True:
-            if self._pending:
-                raise RuntimeError("a member's content was not read")
-            block = self._take(BLOCK_BYTES)
-            if block == b"\0" * BLOCK_BYTES:
-                if records or self._take(BLOCK_BYTES) != b"\0" * BLOCK_BYTES:
-                    raise DamagedError("the archive does not end with two zero blocks")
-                return
-            kind, size_bytes, _ = read_header(block)
-            if is_extended(kind):
-                if records or size_bytes > EXTENDED_LIMIT_BYTES:
-                    raise DamagedError("the archive holds an extended header that is too large, or two in a row")
-                records = read_records(self._take(size_bytes + -size_bytes % BLOCK_BYTES)[:size_bytes])
-                continue
-            member = read_member(block, records)
-            if member.type != FILE and member.stored_bytes:
-                raise DamagedError(f"{shown(member.name)} has content, which its type can't have")
-            records = {}
-            self._pending = member.stored_bytes + -member.stored_bytes % BLOCK_BYTES
-            yield member
-
-    def content(self, member: Member) -> Iterator[tuple[int, bytes]]:
-        """The pieces of a member's content with their offsets; holes of a sparse file are left out."""
-        if member.is_sparse:
-            yield from self._sparse(member)
-        else:
-            yield from self._pieces(0, member.stored_bytes)
-        if self._pending:
-            self._take(self._pending)
-            self._pending = 0
-
-    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, bytes]]:
-        while length:
-            if not self._buffer:
-                self._fill()
-            piece = bytes(self._buffer[:length])
-            del self._buffer[: len(piece)]
-            self._pending -= len(piece)
-            yield offset, piece
-            offset += len(piece)
-            length -= len(piece)
-
-    def _sparse(self, member: Member) -> Iterator[tuple[int, bytes]]:
-        text = bytearray()
-        numbers: list[int] = []
-        while not numbers or len(numbers) < 1 + 2 * numbers[0]:
-            if self._pending < BLOCK_BYTES or len(numbers) > 2 * _SEGMENT_LIMIT:
-                raise DamagedError(f"{shown(member.name)} has a broken map of its holes")
-            text += self._take(BLOCK_BYTES)
-            self._pending -= BLOCK_BYTES
-            *lines, rest = bytes(text).split(b"\n")
-            text = bytearray(rest)
-            for line in lines:
-                if numbers and len(numbers) == 1 + 2 * numbers[0]:
-                    break
-                if not line.isdigit():
-                    raise DamagedError(f"{shown(member.name)} has a broken map of its holes")
-                numbers.append(int(line))
-        position, data_bytes = 0, member.stored_bytes
-        for offset, length in zip(numbers[1::2], numbers[2::2], strict=True):
-            if offset < position or offset + length > member.size_bytes or length > data_bytes:
-                raise DamagedError(f"{shown(member.name)} has a broken map of its holes")
-            yield from self._pieces(offset, length)
-            position, data_bytes = offset + length, data_bytes - length
-
-    def check_end(self) -> None:
-        """Read the stream to its verified end; nothing may follow the two zero blocks."""
-        if self._buffer or any(self._chunks):
-            raise DamagedError("the archive goes on behind its end")
-
-    def _take(self, length: int) -> bytes:
-        while len(self._buffer) < length:
-            self._fill()
-        taken = bytes(self._buffer[:length])
-        del self._buffer[:length]
-        return taken
-
-    def _fill(self) -> None:
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            raise DamagedError("the archive ends in the middle")
-        self._buffer += chunk
+    def losses(self) -> tuple[str, ...]:
+        """What could not be set, one sentence per kind of attribute."""
+        return tuple(
+            f"{what} of {count} entries, the first {shown(first) or 'the root'}"
+            for what, (count, first) in sorted(self._lost.items())
+        )
 
 
-@dataclass
 class _Tree:
     """The tree that grows below the staging folder. Links come after all files, folders' attributes last, deepest first."""
 
-    root: int
-    symlinks: list[Member] = field(default_factory=list)
-    directories: dict[bytes, Member] = field(default_factory=dict)
+    def __init__(self, root: int, dresser: _Dresser, *, allow_devices: bool) -> None:
+        self.members = 0
+        self._root = root
+        self._dresser = dresser
+        self._allow_devices = allow_devices
+        self._symlinks: list[tuple[bytes, Member]] = []
+        self._directories: dict[bytes, Member] = {}
+        self._made_folders = 1  # the root
+        self._cached: tuple[bytes, int] = (b"", os.dup(root))
 
-    def make(self, member: Member, content: Iterator[tuple[int, bytes]]) -> None:
-        path = _checked(member.name)
+    def __enter__(self) -> "_Tree":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._cached[1])
+
+    def make(self, path: bytes, member: Member, content: Content) -> None:
+        """Make one entry; a `Receiver`."""
+        self.members += 1
         with _told(path):
-            match member.type:
-                case t if t == FILE:
-                    self._file(path, member, content)
-                case t if t == HARD_LINK:
-                    self._hard_link(path, _checked(member.link))
-                case t if t == SYMLINK:
-                    self.symlinks.append(member)
-                case t if t == DIRECTORY:
-                    if path in self.directories:
-                        raise FinalError(f"{shown(path)} stands twice in the archive")
-                    self.directories[path] = member
-                    if path:
-                        with self._parent(path) as (folder, name), contextlib.suppress(FileExistsError):
-                            os.mkdir(name, 0o700, dir_fd=folder)
-                case t if t == FIFO:
-                    with self._parent(path) as (folder, name):
-                        os.mkfifo(name, 0o600, dir_fd=folder)
-                        _dress_by_name(folder, name, member)
-                case t if t in (CHARACTER, BLOCK):
-                    raise FinalError(f"{shown(path)} is a device node, which a volume's restore does not make")
-                case _:
-                    raise DamagedError(f"{shown(path)} is of an unknown type {member.type!r}")
-        for _ in content:  # of members that have none; reads the padding
-            pass
+            if member.type == DIRECTORY:
+                self._directory(path, member)
+            elif not path:
+                raise FinalError("the archive's root is no folder")
+            elif member.type == FILE:
+                self._file(path, member, content)
+            elif member.type == HARD_LINK:
+                self._hard_link(path, checked_path(member.link))
+            elif member.type == SYMLINK:
+                self._symlinks.append((path, member))
+            else:
+                self._special(path, member)
 
-    def finish(self) -> None:
+    def finish(self, operation: Operation) -> None:
         """Make the symbolic links, then give every folder its attributes, the deepest first and the root last."""
-        for link in self.symlinks:
-            path = _checked(link.name)
-            with _told(path), self._parent(path) as (folder, name):
-                os.symlink(link.link, name, dir_fd=folder)
-                _dress_by_name(folder, name, link)
-        for path in sorted(self.directories, key=lambda path: path.count(b"/") if path else -1, reverse=True):
+        for path, member in self._symlinks:
+            operation.check()
             with _told(path):
-                descriptor = _open_beneath(self.root, path) if path else os.dup(self.root)
+                os.symlink(member.link, path.rpartition(b"/")[2], dir_fd=self._parent(path))
+                self._dresser.dress_named(path, member, self._parent(path))
+        if len(self._directories) != self._made_folders:
+            raise DamagedError("the archive holds entries in folders that are no members of it")
+        for path in sorted(self._directories, key=lambda path: path.count(b"/") if path else -1, reverse=True):
+            operation.check()
+            with _told(path):
+                descriptor = open_beneath(self._root, path)
                 try:
-                    _dress(descriptor, self.directories[path])
+                    self._dresser.dress(path, self._directories[path], descriptor)
                 finally:
                     os.close(descriptor)
 
-    def _file(self, path: bytes, member: Member, content: Iterator[tuple[int, bytes]]) -> None:
-        with self._parent(path) as (folder, name):
-            descriptor = os.open(name, _NEW_FILE_FLAGS, 0o600, dir_fd=folder)
+    def _directory(self, path: bytes, member: Member) -> None:
+        if path in self._directories:
+            raise _twice(path)
+        self._directories[path] = member
+        if path:
+            self._make_folder(self._parent(path), path.rpartition(b"/")[2])
+
+    def _make_folder(self, parent: int, name: bytes) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+            self._made_folders += 1
+
+    def _file(self, path: bytes, member: Member, content: Content) -> None:
+        descriptor = os.open(path.rpartition(b"/")[2], _NEW_FILE_FLAGS, 0o600, dir_fd=self._parent(path))
         try:
             for offset, piece in content:
-                view = memoryview(piece)
-                while view:
-                    written = os.pwrite(descriptor, view, offset)
-                    view, offset = view[written:], offset + written  # noqa: PLW2901 - how far this piece has come
+                _write_at(descriptor, piece, offset)
             if member.is_sparse:
                 os.ftruncate(descriptor, member.size_bytes)
-            _dress(descriptor, member)
+            self._dresser.dress(path, member, descriptor)
         finally:
             os.close(descriptor)
 
     def _hard_link(self, path: bytes, target: bytes) -> None:
-        with self._parent(target) as (source_folder, source), self._parent(path) as (folder, name):
-            status = os.stat(source, dir_fd=source_folder, follow_symlinks=False)
-            if not stat.S_ISREG(status.st_mode):
+        """The staging folder was empty: whatever regular file is in it was made by this restore."""
+        parent, _, source = target.rpartition(b"/")
+        descriptor = open_beneath(self._root, parent)
+        try:
+            if not stat.S_ISREG(os.stat(source, dir_fd=descriptor, follow_symlinks=False).st_mode):
                 raise FinalError(f"{shown(path)} is a hard link to something that is no plain file")
-            os.link(source, name, src_dir_fd=source_folder, dst_dir_fd=folder, follow_symlinks=False)
-
-    @contextlib.contextmanager
-    def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
-        """The open folder in which ``path`` lies, made where it is missing, and the last segment."""
-        parent, _, name = path.rpartition(b"/")
-        if not name:
-            raise FinalError("the archive holds a member without a name")
-        try:
-            descriptor = _open_beneath(self.root, parent) if parent else os.dup(self.root)
+            name = path.rpartition(b"/")[2]
+            os.link(source, name, src_dir_fd=descriptor, dst_dir_fd=self._parent(path), follow_symlinks=False)
         except FileNotFoundError:
-            self._make_parents(parent)
-            descriptor = _open_beneath(self.root, parent)
-        try:
-            yield descriptor, name
+            raise DamagedError(f"{shown(path)} is a hard link to {shown(target)}, which is not there") from None
         finally:
             os.close(descriptor)
 
-    def _make_parents(self, path: bytes) -> None:
-        segments = path.split(b"/")
-        for depth in range(1, len(segments) + 1):
-            with self._parent(b"/".join(segments[:depth])) as (folder, name), contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=folder)
+    def _special(self, path: bytes, member: Member) -> None:
+        folder, name = self._parent(path), path.rpartition(b"/")[2]
+        if member.type == FIFO:
+            os.mkfifo(name, 0o600, dir_fd=folder)
+        elif self._allow_devices:
+            os.mknod(name, _DEVICE_TYPES[member.type] | 0o600, os.makedev(*member.device), dir_fd=folder)
+        else:
+            raise FinalError(
+                f"{shown(path)} is a device node", next_step="allow device nodes in the restore if they are wanted"
+            )
+        self._dresser.dress_named(path, member, folder)
+
+    def _parent(self, path: bytes) -> int:
+        """A descriptor of the folder in which ``path`` lies, made where it is missing; kept until the next one is asked for."""
+        parent = path.rpartition(b"/")[0]
+        if parent != self._cached[0]:
+            try:
+                descriptor = open_beneath(self._root, parent)
+            except FileNotFoundError:
+                self._make_folder(self._parent(parent), parent.rpartition(b"/")[2])
+                descriptor = open_beneath(self._root, parent)
+            os.close(self._cached[1])
+            self._cached = (parent, descriptor)
+        return self._cached[1]
 
 
-def _checked(name: bytes) -> bytes:
-    """A member's name as a path below the staging folder, empty for the root; raises `FinalError` for a hostile one."""
-    path = name.removesuffix(b"/")
-    if path in (b".", b"./"):
-        return b""
-    segments = path.split(b"/")
-    if not path or b"\0" in path or any(segment in (b"", b".", b"..") for segment in segments):
-        raise FinalError(f"the archive holds the name {shown(name)!r}, which could lead out of the volume")
-    return path
+def open_beneath(root: int, path: bytes) -> int:
+    """Open a folder below ``root``, the root itself for an empty path, without following anything.
+
+    By openat2(2), or step by step where the kernel lacks it or the path is longer than it takes. Raises `OSError`.
+    """
+    if not path:
+        return os.dup(root)
+    if len(path) <= _PATH_LIMIT_BYTES:
+        how = struct.pack("=QQQ", _DIRECTORY_FLAGS, 0, _RESOLVE)
+        descriptor = _LIBC.syscall(
+            _OPENAT2, root, ctypes.c_char_p(path), ctypes.c_char_p(how), ctypes.c_size_t(len(how))
+        )
+        if descriptor >= 0:
+            return int(descriptor)
+        code = ctypes.get_errno()
+        # EPERM: what a filter of system calls says to one that it does not know (older container runtimes).
+        if code not in (errno.ENOSYS, errno.EPERM):
+            raise OSError(code, os.strerror(code), path)
+    return _open_step_by_step(root, path)
 
 
-def _open_beneath(root: int, path: bytes) -> int:
-    """Open a folder below ``root`` without following anything: by openat2(2), or step by step where the kernel lacks it."""
-    how = struct.pack("=QQQ", _DIRECTORY_FLAGS, 0, _RESOLVE)
-    descriptor = _LIBC.syscall(_OPENAT2, root, ctypes.c_char_p(path), ctypes.c_char_p(how), ctypes.c_size_t(len(how)))
-    if descriptor >= 0:
-        return int(descriptor)
-    code = ctypes.get_errno()
-    if code not in (errno.ENOSYS, errno.EPERM):
-        raise OSError(code, os.strerror(code), path)
+def _open_step_by_step(root: int, path: bytes) -> int:
     current = os.dup(root)
     for segment in path.split(b"/"):
         try:
@@ -333,43 +282,34 @@ def _open_beneath(root: int, path: bytes) -> int:
     return current
 
 
-def _dress(descriptor: int, member: Member) -> None:
-    """Owner, then mode, then xattrs, then time: each of the first can undo a later one."""
-    status = os.fstat(descriptor)
-    if (status.st_uid, status.st_gid) != (member.uid, member.gid):
-        os.fchown(descriptor, member.uid, member.gid)
-    os.fchmod(descriptor, member.mode)
-    for name, value in member.xattrs.items():
-        os.setxattr(descriptor, name, value)
-    os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
+def _write_at(descriptor: int, piece: bytes, offset: int) -> None:
+    view = memoryview(piece)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
 
 
-def _dress_by_name(folder: int, name: bytes, member: Member) -> None:
-    """The same for what can't be opened: a link or FIFO in a folder that only we write to, never followed."""
-    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    if (status.st_uid, status.st_gid) != (member.uid, member.gid):
-        os.chown(name, member.uid, member.gid, dir_fd=folder, follow_symlinks=False)
-    if member.type == FIFO:
-        os.chmod(name, member.mode, dir_fd=folder)
-    for attribute, value in member.xattrs.items():
-        os.setxattr(f"/proc/self/fd/{folder}/".encode() + name, attribute, value, follow_symlinks=False)
-    os.utime(name, ns=(member.mtime_ns, member.mtime_ns), dir_fd=folder, follow_symlinks=False)
+def _twice(path: bytes) -> FinalError:
+    return FinalError(f"{shown(path) or 'the root'} stands twice in the archive")
 
 
 @contextlib.contextmanager
 def _told(path: bytes) -> Iterator[None]:
+    """Translate what the staging's file system says about one entry."""
     try:
         yield
     except OSError as error:
-        what = f"{shown(path) or 'the root'}: {error.strerror}"
-        if error.errno == errno.EEXIST:
-            raise FinalError(f"{shown(path)} stands twice in the archive") from None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FullError(what, next_step="give the volume more room, then restore again") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DeniedError(what, next_step="run the restore as a user that may set owners and write there") from None
-        if error.errno in (errno.ELOOP, errno.EXDEV, errno.ENOTDIR):
-            raise FinalError(
-                f"{shown(path)} would lead through a link or a file: the archive is hostile or damaged"
-            ) from None
-        raise FinalError(what) from None
+        raise _translated(path, error) from None
+
+
+def _translated(path: bytes, error: OSError) -> AthenaError:
+    what = f"{shown(path) or 'the root'}: {error.strerror}"
+    if error.errno == errno.EEXIST:
+        return _twice(path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return FullError(what, next_step="give the volume more room, then restore again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DeniedError(what, next_step="run the restore as a user that may set owners and write there")
+    if error.errno in (errno.ELOOP, errno.EXDEV, errno.ENOTDIR):
+        return FinalError(f"{shown(path)} would lead through a link or a file: the archive is hostile or damaged")
+    return FinalError(what)

@@ -5,6 +5,7 @@ interchange format (pax(1), "pax Interchange Format"), GNU tar's sparse format 1
 """
 
 import os
+import re
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ BLOCK_BYTES = 512
 END = b"\0" * (2 * BLOCK_BYTES)
 EXTENDED_LIMIT_BYTES = 16 << 20
 """The largest extended header that is read: xattrs are at most 64 KiB each (xattr(7)), names 4 KiB."""
+
+SEGMENT_LIMIT = 1 << 20
+"""The most pieces of data that the map of a sparse file has; behind them its holes are written as zeros."""
 
 FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
 _EXTENDED, _GLOBAL = b"x", b"g"
@@ -32,9 +36,11 @@ _XATTR = "SCHILY.xattr."
 _ACLS = {"system.posix_acl_access": "SCHILY.acl.access", "system.posix_acl_default": "SCHILY.acl.default"}
 _ACL_TAGS = {0x01: "user", 0x02: "user", 0x04: "group", 0x08: "group", 0x10: "mask", 0x20: "other"}
 _NO_ID = 0xFFFFFFFF
+_KINDS = frozenset((FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK, DIRECTORY, FIFO))
+_GNU_RECORDS = {"GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One member of an archive as its header says it. ``size_bytes`` is the real size; holes are not in ``stored_bytes``."""
 
@@ -112,7 +118,7 @@ def header(member: Member) -> bytes:
         if attribute in _ACLS:
             records[_ACLS[attribute]] = _acl_text(value)
         else:
-            records[_XATTR + attribute] = value
+            records[_XATTR + _escaped(attribute)] = value
     body = b"".join(_record(key, value) for key, value in records.items())
     extended = _ustar(b"./PaxHeaders/x", _EXTENDED, 0o644, 0, 0, len(body), 0) + body + padding(len(body))
     seconds = max(0, min(member.mtime_ns // 1_000_000_000, _OCTAL_11))
@@ -156,11 +162,23 @@ def _ustar(
 
 
 def _record(key: str, value: bytes) -> bytes:
-    body = b" " + key.encode() + b"=" + value + b"\n"
+    body = b" " + os.fsencode(key) + b"=" + value + b"\n"
     length = len(body) + 1
     while len(str(length)) + len(body) != length:
         length = len(str(length)) + len(body)
     return b"%d" % length + body
+
+
+def _escaped(attribute: str) -> str:
+    """An attribute's name inside a record's key, in which GNU tar writes '%' and '=' as %25 and %3D."""
+    return attribute.replace("%", "%25").replace("=", "%3D")
+
+
+def _unescaped(attribute: str) -> str:
+    name = re.sub("%25|%3D", lambda found: "%" if found.group() == "%25" else "=", attribute)
+    if not name or "\0" in name:
+        raise DamagedError("the archive holds an extended attribute with a broken name")
+    return name
 
 
 def _decimal_seconds(nanoseconds: int) -> bytes:
@@ -176,13 +194,13 @@ def _is_utf8(name: bytes) -> bool:
     return True
 
 
-def read_header(block: bytes) -> tuple[bytes, int, bytes]:
-    """Type, size of the data that follows, and the block itself checked; raises `DamagedError` for what is no header."""
+def read_header(block: bytes) -> tuple[bytes, int]:
+    """Type and size of the data that follows, of a block that is checked; raises `DamagedError` for what is no header."""
     if len(block) != BLOCK_BYTES or block[257:262] != b"ustar":
         raise DamagedError("the archive holds something that is no tar header")
     if _octal(block[148:156]) != sum(block[:148]) + 8 * 32 + sum(block[156:]):
         raise DamagedError("the archive holds a tar header with a wrong checksum")
-    return block[156:157], _octal(block[124:136]), block
+    return block[156:157], _octal(block[124:136])
 
 
 def is_extended(kind: bytes) -> bool:
@@ -205,32 +223,43 @@ def read_records(body: bytes) -> dict[str, bytes]:
         key, equals, value = body[space + 1 : end].partition(b"=")
         if not equals or end > len(body) or not value.endswith(b"\n"):
             raise DamagedError("the archive holds a broken extended header")
-        records[key.decode("utf-8", "backslashreplace")] = value[:-1]
+        records[os.fsdecode(key)] = value[:-1]
         position = end
     return records
 
 
 def read_member(block: bytes, records: Mapping[str, bytes]) -> Member:
     """The member that a checked ustar header and the records before it describe; raises `DamagedError`."""
-    kind, size_bytes, _ = read_header(block)
+    kind, size_bytes = read_header(block)
+    kind = FILE if kind == b"\0" else kind
     prefix = block[345:500].split(b"\0")[0]
     short = block[:100].split(b"\0")[0]
     name = records.get("path") or (prefix + b"/" + short if prefix else short)
     stored = _number(records, "size", size_bytes)
-    is_sparse = "GNU.sparse.major" in records
-    if is_sparse and (records["GNU.sparse.major"], records.get("GNU.sparse.minor")) != (b"1", b"0"):
-        raise DamagedError("the archive holds a sparse member of an unknown version")
+    is_sparse = any(key.startswith("GNU.") for key in records)
+    if is_sparse:
+        version = records.get("GNU.sparse.major"), records.get("GNU.sparse.minor")
+        if (
+            version != (b"1", b"0")
+            or kind != FILE
+            or not _GNU_RECORDS.issuperset(k for k in records if k[:4] == "GNU.")
+        ):
+            raise DamagedError("the archive holds a sparse member of an unknown kind")
     name = records.get("GNU.sparse.name", name)
-    xattrs = {key.removeprefix(_XATTR): value for key, value in records.items() if key.startswith(_XATTR)}
+    if kind not in _KINDS:
+        raise DamagedError(f"the archive holds a member of the unknown type {kind!r}")
+    if kind != FILE and stored:
+        raise DamagedError("the archive holds a member with content, which its type can't have")
+    xattrs = {_unescaped(key.removeprefix(_XATTR)): value for key, value in records.items() if key.startswith(_XATTR)}
     for attribute, key in _ACLS.items():
         if key in records:
             xattrs[attribute] = _acl_bytes(records[key])
     return Member(
         name=name[:-1] if kind == DIRECTORY and name.endswith(b"/") else name,
-        type=kind if kind != b"\0" else FILE,
+        type=kind,
         mode=_octal(block[100:108]) & 0o7777,
-        uid=_number(records, "uid", _octal(block[108:116])),
-        gid=_number(records, "gid", _octal(block[116:124])),
+        uid=_identifier(records, "uid", block[108:116]),
+        gid=_identifier(records, "gid", block[116:124]),
         mtime_ns=_nanoseconds(records.get("mtime"), _octal(block[136:148])),
         size_bytes=_number(records, "GNU.sparse.realsize", stored),
         stored_bytes=stored,
@@ -256,6 +285,13 @@ def _number(records: Mapping[str, bytes], key: str, default: int) -> int:
     if not value.isdigit() or len(value) > 19:
         raise DamagedError(f"the archive holds an extended header with a broken {key}")
     return int(value)
+
+
+def _identifier(records: Mapping[str, bytes], key: str, octal: bytes) -> int:
+    number = _number(records, key, _octal(octal))
+    if number >= _NO_ID:  # chown(2) takes it for "leave as it is"
+        raise DamagedError(f"the archive holds a member whose {key} is {number}")
+    return number
 
 
 def _nanoseconds(value: bytes | None, seconds: int) -> int:

@@ -1,0 +1,102 @@
+"""One entry of a live tree: what is known of it, and how it is opened so that nobody can put another in its place.
+
+Used by the walk (`volume_walk`), by git's order (`volume_git`) and by whoever reads what they found (`volume_archive`).
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from athena_backup.errors import FinalError
+
+LOOKS = 20
+"""How often an entry that is replaced between the look at it and its opening is looked at again."""
+GONE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR}
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry, found a moment ago: its path from the root, its status, and the open folder in which it lies.
+
+    ``opened`` is a descriptor of the entry itself where it is open already (folders, git's packs); the walk closes it.
+    """
+
+    path: bytes
+    status: os.stat_result
+    folder: int
+    opened: int | None = None
+    is_object: bool = False
+    """Named after its content by git: it never changes, and where it went its content went too."""
+    is_passing: bool = False
+    """A loose ref of git: when it vanishes, its value stands in packed-refs, which is read later."""
+
+    @property
+    def name(self) -> bytes:
+        """The last segment of the path."""
+        return self.path.rpartition(b"/")[2]
+
+
+def open_entry(entry: Entry) -> tuple[int, os.stat_result] | None:
+    """A descriptor of an entry's file and its status; None if there is no such file any more.
+
+    Never follows a link, never blocks on a FIFO that took the file's place, and never gives another file than the last
+    look found: one that was replaced by a rename is looked at again.
+    """
+    with reading(entry.path):
+        if entry.opened is not None:
+            return os.dup(entry.opened), entry.status
+        status = entry.status
+        try:
+            for _ in range(LOOKS):
+                descriptor = open_quietly(entry.name, FILE_FLAGS, entry.folder)
+                now = os.fstat(descriptor)
+                if stat.S_ISREG(now.st_mode) and is_same(status, now):
+                    return descriptor, now
+                os.close(descriptor)
+                status = os.stat(entry.name, dir_fd=entry.folder, follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode) or status.st_dev != entry.status.st_dev:
+                    return None
+        except OSError as error:
+            # ENXIO: a socket took its place (open(2)).
+            if error.errno not in GONE and error.errno != errno.ENXIO:
+                raise
+    return None
+
+
+def open_quietly(name: bytes, flags: int, folder: int) -> int:
+    """Open without touching the access time where that is permitted: O_NOATIME is for a file's owner only (open(2))."""
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=folder)
+    except PermissionError:
+        return os.open(name, flags, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def reading(path: bytes) -> Iterator[None]:
+    """Translate an `OSError` into the error for an entry that is there and can't be read: EIO, ESTALE, EACCES, …"""
+    try:
+        yield
+    except OSError as error:
+        raise FinalError(
+            f"{shown(path)} can't be read: {error.strerror}",
+            next_step="mend it, or give the service the right to read it",
+        ) from None
+
+
+def shown(path: bytes) -> str:
+    """A path for people, whatever bytes it has."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+def is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two looks saw one inode, of one type."""
+    return (one.st_dev, one.st_ino, stat.S_IFMT(one.st_mode)) == (
+        other.st_dev,
+        other.st_ino,
+        stat.S_IFMT(other.st_mode),
+    )

@@ -1,0 +1,139 @@
+"""What would keep a volume from being restored, found before anything is extracted.
+
+What the set's owners, modes and attributes ask for is really set on a probe in the staging place ("volumes", section 4):
+what a file system, a mount or a container lets a process set can't be told from outside.
+"""
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
+from athena_backup.manifest import Component, VolumeFacts
+from athena_backup.volume_extract import OwnerMap
+from athena_backup.volume_staging import made_staging, told
+
+_PROBE = b"probe"
+_PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Values that the kernel takes: no capability at all (linux/capability.h, revision 2); an ACL that says what the mode says
+# (linux/posix_acl_xattr.h).
+_NO_CAPABILITY = struct.pack("<5I", 0x02000000, 0, 0, 0, 0)
+_PLAIN_ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 0, 0xFFFFFFFF) for tag in (0x01, 0x04, 0x20))
+_ATTRIBUTES = {
+    "security": ("security.capability", _NO_CAPABILITY),
+    "system": ("system.posix_acl_access", _PLAIN_ACL),
+    "trusted": ("trusted.athena-probe", b"1"),
+    "user": ("user.athena-probe", b"1"),
+}
+
+
+def preflight_volume(
+    component: Component,
+    root: Path,
+    restore_id: str,
+    *,
+    allow_devices: bool = False,
+    owner_map: OwnerMap | None = None,
+    accept_metadata_loss: bool = False,
+) -> list[AthenaError]:
+    """Everything that would keep this volume from being restored to ``root``; makes the staging place.
+
+    The options are those of `read_volume`; with ``accept_metadata_loss`` what can't be set is no fault.
+    """
+    facts = component.volume
+    if facts is None:
+        return [FinalError("the manifest holds no facts about this volume", next_step="restore another set")]
+    try:
+        with told(root):
+            if not root.is_dir():
+                return [FinalError(f"{root} is no directory", next_step="mount or make it, or correct ATHENA_VOLUMES")]
+            faults = [*_mount_faults(root), *_room_faults(root, component, facts)]
+            if facts.devices and not allow_devices:
+                advice = "allow device nodes in the restore if they are wanted"
+                faults.append(FinalError(f"the set holds {facts.devices} device nodes", next_step=advice))
+            with made_staging(root, restore_id) as staging:
+                if not accept_metadata_loss:
+                    faults += _metadata_faults(staging, facts, owner_map or {})
+    except AthenaError as error:
+        return [error]
+    return faults
+
+
+def mount_points(root: Path) -> list[str]:
+    """Where other file systems are mounted inside a directory (proc_pid_mountinfo(5)), as far as we can see."""
+    own = os.path.realpath(root).rstrip("/") + "/"
+    with told(root):
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    places = (re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines)
+    return [place for place in map(os.fsdecode, places) if place.startswith(own)]
+
+
+def _mount_faults(root: Path) -> list[AthenaError]:
+    inside = mount_points(root)
+    if not inside:
+        return []
+    return [FinalError(f"{', '.join(inside)} is mounted inside {root}", next_step="unmount it during the restore")]
+
+
+def _room_faults(root: Path, component: Component, facts: VolumeFacts) -> list[AthenaError]:
+    status = os.statvfs(root)
+    free_bytes = status.f_bavail * status.f_frsize
+    # Files with holes need less than their sizes; what the archive holds is then the better measure.
+    needed_bytes = min(facts.content_bytes, component.raw_size_bytes)
+    advice = "make room beside what is live, which stays until the switch"
+    faults: list[AthenaError] = []
+    if free_bytes < needed_bytes:
+        faults.append(FullError(f"{root} has {free_bytes} bytes free, {needed_bytes} are needed", next_step=advice))
+    if status.f_files > 0 and status.f_favail < facts.members:
+        faults.append(
+            FullError(f"{root} has {status.f_favail} inodes free, {facts.members} are needed", next_step=advice)
+        )
+    return faults
+
+
+def _metadata_faults(staging: int, facts: VolumeFacts, owner_map: OwnerMap) -> list[AthenaError]:
+    faults: list[AthenaError] = []
+
+    def attempt(what: str, act: Callable[..., None], *values: object) -> None:
+        try:
+            act(*values)
+        except OSError as error:
+            advice = "run the restore as root on a file system that has them, map the owners, or accept the loss"
+            faults.append(DeniedError(f"{what} can't be set here: {error.strerror}", next_step=advice))
+
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_PROBE, dir_fd=staging)
+    probe = os.open(_PROBE, _PROBE_FLAGS, 0o600, dir_fd=staging)
+    try:
+        own = os.fstat(probe)
+        uids, gids = _mapped(facts, owner_map)
+        for uid in sorted(uids - {own.st_uid}):
+            attempt(f"the owner {uid}", os.fchown, probe, uid, -1)
+        for gid in sorted(gids - {own.st_gid}):
+            attempt(f"the group {gid}", os.fchown, probe, -1, gid)
+        with contextlib.suppress(OSError):
+            os.fchown(probe, own.st_uid, own.st_gid)
+        if facts.special_modes:
+            attempt("set-id and sticky bits", os.fchmod, probe, 0o7755)
+            # A bit that may not be set is left out without an error (chmod(2)).
+            if not faults and os.fstat(probe).st_mode & 0o7000 != 0o7000:
+                faults.append(
+                    DeniedError("set-id and sticky bits can't be set here", next_step="run the restore as root")
+                )
+        for kind in facts.xattr_classes:
+            name, value = _ATTRIBUTES.get(kind, (f"{kind}.athena-probe", b"1"))
+            attempt(f"extended attributes of class {kind}", os.setxattr, probe, name, value)
+    finally:
+        os.close(probe)
+        os.unlink(_PROBE, dir_fd=staging)
+    return faults
+
+
+def _mapped(facts: VolumeFacts, owner_map: OwnerMap) -> tuple[set[int], set[int]]:
+    """The uids and gids that have to be set once the map was applied."""
+    uids = set(facts.uids) - {uid for uid, _ in owner_map} | {uid for uid, _ in owner_map.values()}
+    gids = set(facts.gids) - {gid for _, gid in owner_map} | {gid for _, gid in owner_map.values()}
+    return uids, gids

@@ -1,0 +1,149 @@
+"""The staging place of a restore: ``.athena-{restore id}/`` inside the volume, reached by descriptors, removed safely.
+
+In it: ``new/`` (what was extracted), ``old/`` (what was live), ``met/`` (what live writers put in the way meanwhile),
+``state`` and ``time`` (links whose texts say how far the switch is and which time the root gets), ``lock``. Making and
+removing it leaves the time of the volume's root as it was (unless a kill comes between the two calls that this takes).
+"""
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
+from athena_backup.volume_walk import STAGING_PREFIX
+
+NEW, OLD, MET, LOCK, STATE, TIME = b"new", b"old", b"met", b"lock", b"state", b"time"
+_RESTORE_ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def staging_name(restore_id: str) -> bytes:
+    """The name of a restore's staging place; raises `FinalError` for what is no restore's id."""
+    if not _RESTORE_ID.fullmatch(restore_id):
+        raise FinalError(f"{restore_id!r} is not the id of a restore: 12 hex digits")
+    return STAGING_PREFIX + restore_id.encode()
+
+
+def leftovers(root: Path) -> list[str]:
+    """The ids of restores whose staging place lies in the volume; none where there is no such directory."""
+    prefix = STAGING_PREFIX.decode()
+    with told(root):
+        try:
+            with os.scandir(root) as found:
+                names = [item.name for item in found if item.is_dir(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    found_ids = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return sorted(found_id for found_id in found_ids if _RESTORE_ID.fullmatch(found_id))
+
+
+@contextlib.contextmanager
+def opened_root(root: Path) -> Iterator[int]:
+    """A descriptor of the volume's root; the root itself may be a symbolic link, as operators make them."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened_folder(parent: int, name: bytes, *, make: bool = False) -> Iterator[int]:
+    """A folder in ``parent``; with ``make`` one that is made where it is missing."""
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+    descriptor = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def made_staging(root: Path, restore_id: str) -> Iterator[int]:
+    """The staging place of a restore, made where it is missing, seen by nobody but us."""
+    with opened_root(root) as descriptor:
+        before = os.fstat(descriptor)
+        with opened_folder(descriptor, staging_name(restore_id), make=True) as staging:
+            os.utime(descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))
+            os.fsync(descriptor)
+            yield staging
+
+
+def remove_staging(root: int, name: bytes, root_mtime_ns: int) -> None:
+    """Remove a staging place with all that is in it, and give the open root its time. Raises `OSError`."""
+    before = os.fstat(root)
+    with opened_folder(root, name) as staging:
+        # The state goes last: a removal that is killed goes on as what it was.
+        _empty(staging, keep=(STATE, TIME))
+        _empty(staging)
+    os.rmdir(name, dir_fd=root)
+    os.utime(root, ns=(before.st_atime_ns, root_mtime_ns))
+    os.fsync(root)
+
+
+def _empty(folder: int, keep: tuple[bytes, ...] = ()) -> None:
+    """Remove everything in an open folder, by descriptors, following nothing, without recursion's limit on depth."""
+    open_folders: list[tuple[int, bytes]] = [(folder, b"")]
+    try:
+        while open_folders:
+            current, name = open_folders[-1]
+            below = _remove_files(current, keep if current == folder else ())
+            if below is not None:
+                open_folders.append((_open_for_removal(current, below), below))
+                continue
+            open_folders.pop()
+            if open_folders:
+                os.close(current)
+                os.rmdir(name, dir_fd=open_folders[-1][0])
+    finally:
+        for descriptor, _ in open_folders[1:]:
+            os.close(descriptor)
+
+
+def _remove_files(folder: int, keep: tuple[bytes, ...]) -> bytes | None:
+    """Remove what is no folder in an open folder; the name of a folder in it, None if there is none."""
+    below = None
+    for name in map(os.fsencode, os.listdir(folder)):
+        if name in keep:
+            continue
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            below = name
+        else:
+            os.unlink(name, dir_fd=folder)
+    return below
+
+
+def _open_for_removal(folder: int, name: bytes) -> int:
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+        if not os.fstat(descriptor).st_mode & stat.S_IWUSR:
+            with contextlib.suppress(PermissionError):
+                os.fchmod(descriptor, 0o700)
+        return descriptor
+    # A folder that not even its owner may read; nobody else can put another in its place, the staging place is ours alone.
+    os.chmod(name, 0o700, dir_fd=folder)
+    return os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def told(root: Path) -> Iterator[None]:
+    """Translate what a volume's file system says while its staging place is made, switched or removed."""
+    try:
+        yield
+    except OSError as error:
+        raise _translated(root, error) from None
+
+
+def _translated(root: Path, error: OSError) -> AthenaError:
+    what = f"{root}: {error.strerror}" + (f" ({os.fsdecode(str(error.filename))})" if error.filename else "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FullError(what, next_step="make room in the volume, then restore again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DeniedError(what, next_step="run the restore as a user that may write there")
+    return FinalError(what, next_step="look at the volume's directory and its mount")

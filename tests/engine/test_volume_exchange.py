@@ -1,0 +1,439 @@
+"""A restored volume takes the live one's place: whatever instant a kill comes, it is wholly old or wholly new at the end."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from athena_backup import volume_exchange, volume_preflight
+from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError, PassingError
+from athena_backup.manifest import Component
+from athena_backup.names import SetId, Timestamp
+from athena_backup.operation import Operation
+from athena_backup.store.local import LocalStore
+from athena_backup.volume_archive import Volume, write_volume
+from athena_backup.volume_exchange import (
+    discard_volume,
+    leftovers,
+    preflight_volume,
+    recover_volume,
+    stage_volume,
+    switch_volume,
+)
+
+RESTORE_ID = "0123456789ab"
+STAGING = f".athena-{RESTORE_ID}"
+AS_ROOT = os.geteuid() == 0
+
+Picture = dict[str, tuple[int, int, str]]
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code: nothing after it runs that changes anything."""
+
+
+def picture(root: Path) -> Picture:
+    return {
+        str(path.relative_to(root)): (
+            path.lstat().st_mode, path.lstat().st_mtime_ns, path.read_text() if path.is_file() else "",
+        )
+        for path in [root, *root.rglob("*")]
+    }  # fmt: skip
+
+
+def fill(root: Path, what: str) -> None:
+    """A tree with entries of its own and entries of the same names with other content."""
+    for name in (f"only-{what}", "both/inner", f"both/{what}", "changing"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(what)
+        os.utime(root / name, ns=(0, 7 if what == "old" else 8))
+    os.utime(root / "both", ns=(0, 10 if what == "old" else 11))
+    if what == "old":
+        (root / "turns" / "locked").mkdir(parents=True)
+        (root / "turns" / "locked").chmod(0)
+    else:
+        (root / "turns").write_text("a file now")
+    os.utime(root / "turns", ns=(0, 5))
+    root.chmod(0o751 if what == "new" else 0o700)
+    os.utime(root, ns=(0, 1_000 if what == "old" else 2_000))
+
+
+@pytest.fixture
+def component(tmp_path: Path, local_store: LocalStore) -> Component:
+    source = tmp_path / "source"
+    source.mkdir()
+    fill(source, "new")
+    set_id = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+    return write_volume(Volume("repos", source), local_store, set_id, "run", Operation())
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Path:
+    root = tmp_path / "live"
+    root.mkdir()
+    fill(root, "old")
+    return root
+
+
+@pytest.fixture
+def new(tmp_path: Path, component: Component) -> Picture:
+    return picture(tmp_path / "source")
+
+
+def staged(component: Component, store: LocalStore, live: Path) -> None:
+    stage_volume(component, store, live, RESTORE_ID, Operation())
+
+
+def test_a_switch_replaces_everything_and_keeps_the_roots_inode(
+    component: Component, local_store: LocalStore, live: Path, new: Picture
+) -> None:
+    inode, old = live.stat().st_ino, picture(live)
+    staged(component, local_store, live)
+    assert picture(live).items() >= old.items(), "what is live is untouched by the staging, the root's time included"
+    assert leftovers(live) == [RESTORE_ID]
+    switch_volume(live, RESTORE_ID, Operation())
+    assert picture(live) == new
+    assert live.stat().st_ino == inode
+    assert leftovers(live) == []
+
+
+def test_a_switch_into_an_empty_directory_works(
+    component: Component, local_store: LocalStore, tmp_path: Path, new: Picture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    staged(component, local_store, tmp_path / "empty")
+    switch_volume(tmp_path / "empty", RESTORE_ID, Operation())
+    assert picture(tmp_path / "empty") == new
+
+
+STEPS = ["rename", "renameat2", "symlink", "replace", "fsync", "unlink", "rmdir", "utime", "mkdir", "fchmod"]
+
+
+def killing(monkeypatch: pytest.MonkeyPatch, step: int, *, after: bool) -> list[int]:
+    """From the ``step``-th change of the file system on, nothing is changed any more; returns the counter of the changes."""
+    count = [0]
+
+    def counted(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*values: object, **named: object) -> object:
+            count[0] += 1
+            if count[0] > step or (count[0] == step and not after):
+                raise Killed
+            result = real(*values, **named)
+            if count[0] == step:
+                raise Killed
+            return result
+
+        return call
+
+    for name in STEPS:
+        if name == "renameat2":
+            monkeypatch.setattr(volume_exchange, "_rename", counted(volume_exchange._rename))
+        else:
+            monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return count
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the step", "after the step"])
+def test_a_switch_killed_at_any_step_is_recovered_to_wholly_old_or_wholly_new(
+    component: Component, local_store: LocalStore, tmp_path: Path, new: Picture, *, after: bool
+) -> None:
+    outcomes = []
+    for step in range(1, 200):
+        live = tmp_path / f"live-{step}"
+        live.mkdir()
+        fill(live, "old")
+        old = picture(live)
+        staged(component, local_store, live)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            count = killing(monkeypatch, step, after=after)
+            with contextlib.suppress(Killed):
+                switch_volume(live, RESTORE_ID, Operation())
+        if count[0] < step:
+            break
+        # The recovery is killed too, at steps of its own, before one comes through.
+        for second in (2, 5, 9):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                killing(monkeypatch, second, after=after)
+                with contextlib.suppress(Killed):
+                    recover_volume(live, RESTORE_ID)
+        recover_volume(live, RESTORE_ID)
+        assert recover_volume(live, RESTORE_ID) is False, "a second recovery has nothing to do"
+        assert leftovers(live) == []
+        found = picture(live)
+        # Between the last removal and the setting of the time lies one instant at which the root's time can be lost.
+        for tree in (found, old):
+            tree["."] = (tree["."][0], new["."][1], "")
+        assert found in (old, new), step
+        outcomes.append(found == new)
+        subprocess.run(["rm", "-r", live], check=True)
+    assert outcomes == sorted(outcomes), "once begun, a switch only goes forward"
+    assert set(outcomes) == {False, True}
+    assert len(outcomes) > 20
+
+
+def test_a_real_kill_in_the_middle_is_recovered(
+    component: Component, local_store: LocalStore, live: Path, new: Picture
+) -> None:
+    staged(component, local_store, live)
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from athena_backup import volume_exchange\n"
+        "from athena_backup.operation import Operation\n"
+        "real, left = volume_exchange._rename, [6]\n"
+        "def rename(*values):\n"
+        "    left[0] -= 1\n"
+        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(*values)\n"
+        "volume_exchange._rename = rename\n"
+        "volume_exchange.switch_volume(pathlib.Path(sys.argv[1]), sys.argv[2], Operation())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(live), RESTORE_ID], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
+    assert recover_volume(live, RESTORE_ID) is True
+    assert picture(live) == new
+
+
+def test_a_staging_whose_switch_was_not_begun_is_thrown_away(
+    component: Component, local_store: LocalStore, live: Path
+) -> None:
+    old = picture(live)
+    staged(component, local_store, live)
+    assert recover_volume(live, RESTORE_ID) is False
+    assert picture(live) == old
+
+
+def test_a_failed_staging_leaves_nothing(component: Component, local_store: LocalStore, live: Path) -> None:
+    old = picture(live)
+    local_store.delete([component.parts[0].key])
+    with pytest.raises(AthenaError):
+        staged(component, local_store, live)
+    assert picture(live) == old
+
+
+def test_a_begun_switch_is_never_discarded(
+    component: Component, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged(component, local_store, live)
+    with monkeypatch.context() as patch:
+        killing(patch, 12, after=True)
+        with pytest.raises(Killed):
+            switch_volume(live, RESTORE_ID, Operation())
+    with pytest.raises(FinalError, match="has begun and not ended"):
+        discard_volume(live, RESTORE_ID)
+    assert recover_volume(live, RESTORE_ID) is True
+
+
+def test_a_switch_without_a_staging_touches_nothing(live: Path) -> None:
+    old = picture(live)
+    with pytest.raises(FinalError, match="no staged entries"):
+        switch_volume(live, RESTORE_ID, Operation())
+    (live / STAGING).mkdir()
+    with pytest.raises(FinalError, match="no staged entries"):
+        switch_volume(live, RESTORE_ID, Operation())
+    discard_volume(live, RESTORE_ID)
+    os.utime(live, ns=(0, 1_000))
+    assert picture(live) == old
+
+
+def test_two_processes_never_exchange_one_volume(component: Component, local_store: LocalStore, live: Path) -> None:
+    staged(component, local_store, live)
+    with (live / STAGING / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for act in (lambda: switch_volume(live, RESTORE_ID, Operation()), lambda: recover_volume(live, RESTORE_ID)):
+            with pytest.raises(PassingError, match="another process"):
+                act()
+    switch_volume(live, RESTORE_ID, Operation())
+
+
+def test_what_cannot_be_moved_out_brings_everything_back(
+    component: Component, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = picture(live)
+    staged(component, local_store, live)
+    real = volume_exchange._rename
+
+    def busy(source: int, target: int, name: bytes, new_name: bytes) -> None:
+        if name == b"turns":  # the last one
+            raise OSError(16, "Device or resource busy", "turns")
+        real(source, target, name, new_name)
+
+    monkeypatch.setattr(volume_exchange, "_rename", busy)
+    with pytest.raises(FinalError, match="busy"):
+        switch_volume(live, RESTORE_ID, Operation())
+    assert recover_volume(live, RESTORE_ID) is False
+    assert picture(live) == old
+
+
+def test_what_a_live_writer_makes_during_the_switch_is_put_aside_and_replaces_nothing(
+    component: Component, local_store: LocalStore, live: Path, new: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged(component, local_store, live)
+    real = volume_exchange._rename
+    made: list[bytes] = []
+
+    def disturbed(source: int, target: int, name: bytes, new_name: bytes) -> None:
+        real(source, target, name, new_name)
+        if len(made) < 12 and not (live / "changing").exists():
+            (live / "changing").write_text("by a live writer")
+            made.append(name)
+
+    monkeypatch.setattr(volume_exchange, "_rename", disturbed)
+    switch_volume(live, RESTORE_ID, Operation())
+    assert made
+    assert picture(live) == new
+
+
+def test_a_file_system_without_renaming_that_replaces_nothing_is_switched_too(
+    component: Component, local_store: LocalStore, live: Path, new: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volume_exchange, "_RENAME_NOREPLACE", 1 << 20)  # EINVAL, as on NFS
+    staged(component, local_store, live)
+    switch_volume(live, RESTORE_ID, Operation())
+    assert picture(live) == new
+
+
+def test_removing_a_staging_follows_no_link_and_takes_any_depth(live: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "victim").touch()
+    (live / STAGING / "new").mkdir(parents=True)
+    (live / STAGING / "new" / "link").symlink_to(tmp_path / "outside")
+    here = live / STAGING / "new"
+    for _ in range(300):
+        here = here / "d"
+        here.mkdir()
+    (here / "file").touch()
+    discard_volume(live, RESTORE_ID)
+    assert (tmp_path / "outside" / "victim").exists()
+    assert leftovers(live) == []
+
+
+def test_leftovers_are_folders_with_the_id_of_a_restore_only(live: Path) -> None:
+    for name in (STAGING, ".athena-xyz", ".athena-0123456789ABCD", ".athenaX0123456789ab"):
+        (live / name).mkdir()
+    (live / ".athena-ffffffffffff").write_text("a file")
+    assert leftovers(live) == [RESTORE_ID]
+    assert leftovers(live / "missing") == []
+
+
+@pytest.mark.parametrize("bad", ["", "../../etc", "0123456789a", "0123456789AB", "0123456789ab\n", "0123456789ab/x"])
+def test_what_is_no_id_of_a_restore_is_refused(live: Path, bad: str) -> None:
+    for act in (recover_volume, discard_volume):
+        with pytest.raises(FinalError, match="not the id"):
+            act(live, bad)
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="only root has attributes that others have not")
+def test_attributes_of_the_live_root_that_the_set_has_not_go(
+    component: Component, local_store: LocalStore, live: Path
+) -> None:
+    try:
+        os.setxattr(live, "user.old", b"1")
+    except OSError as error:
+        pytest.skip(f"no attributes here: {error}")
+    os.chown(live, 1234, 1234)
+    staged(component, local_store, live)
+    switch_volume(live, RESTORE_ID, Operation())
+    assert os.listxattr(live) == []
+    assert (live.stat().st_uid, stat.S_IMODE(live.stat().st_mode)) == (0, 0o751)
+
+
+class TestPreflight:
+    def test_a_volume_that_can_be_restored_has_no_fault(self, component: Component, live: Path) -> None:
+        old = picture(live)
+        assert preflight_volume(component, live, RESTORE_ID) == []
+        discard_volume(live, RESTORE_ID)
+        assert picture(live) == old
+
+    @pytest.mark.parametrize("place", ["missing", "a file"])
+    def test_a_root_that_is_no_directory_is_a_fault(self, component: Component, live: Path, place: str) -> None:
+        if place == "a file":
+            (live / place).touch()
+        assert [str(fault) for fault in preflight_volume(component, live / place, RESTORE_ID)] == [
+            f"{live / place} is no directory (mount or make it, or correct ATHENA_VOLUMES)"
+        ]
+
+    def test_too_little_room_is_a_fault(
+        self, component: Component, live: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.statvfs(live)
+        monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result([*real[:4], 0, *real[5:]]))
+        [fault] = preflight_volume(component, live, RESTORE_ID)
+        assert isinstance(fault, FullError)
+
+    def test_what_the_file_system_refuses_is_a_fault_unless_the_loss_is_accepted(
+        self, component: Component, live: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert component.volume is not None
+        wanted = {"uids": (0, 4242), "gids": (4243,), "special_modes": True, "xattr_classes": ("security", "user")}
+        wanting = component.model_copy(update={"volume": component.volume.model_copy(update=wanted)})
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        for name in ("fchown", "fchmod", "setxattr"):
+            monkeypatch.setattr(os, name, refuse)
+        faults = preflight_volume(wanting, live, RESTORE_ID)
+        assert all(isinstance(fault, DeniedError) for fault in faults)
+        said = " ".join(fault.cause for fault in faults)
+        for what in ("owner 4242", "group 4243", "set-id", "class security", "class user"):
+            assert what in said
+        assert preflight_volume(wanting, live, RESTORE_ID, accept_metadata_loss=True) == []
+
+    @pytest.mark.skipif(not AS_ROOT, reason="only root may set these")
+    def test_root_may_set_all_of_it(self, component: Component, live: Path) -> None:
+        assert component.volume is not None
+        wanted = {
+            "uids": (0, 4242), "gids": (4243,), "special_modes": True,
+            "xattr_classes": ("security", "system", "trusted", "user"),
+        }  # fmt: skip
+        wanting = component.model_copy(update={"volume": component.volume.model_copy(update=wanted)})
+        assert preflight_volume(wanting, live, RESTORE_ID) == []
+
+    def test_device_nodes_are_a_fault_unless_allowed(self, component: Component, live: Path) -> None:
+        assert component.volume is not None
+        wanting = component.model_copy(update={"volume": component.volume.model_copy(update={"devices": 2})})
+        [fault] = preflight_volume(wanting, live, RESTORE_ID)
+        assert "2 device nodes" in fault.cause
+        assert preflight_volume(wanting, live, RESTORE_ID, allow_devices=True) == []
+
+    def test_a_mount_inside_is_a_fault_and_nothing_is_moved(
+        self, component: Component, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        staged(component, local_store, live)
+        before = picture(live)
+        for module in (volume_exchange, volume_preflight):
+            monkeypatch.setattr(module, "mount_points", lambda root: [f"{root}/both"])
+        [fault] = preflight_volume(component, live, RESTORE_ID)
+        assert "is mounted inside" in fault.cause
+        with pytest.raises(FinalError, match="is mounted inside"):
+            switch_volume(live, RESTORE_ID, Operation())
+        after = picture(live)
+        assert after.pop(STAGING)[0] == before.pop(STAGING)[0]  # the probe touched its time
+        assert {name: one for name, one in after.items() if not name.endswith("/lock")} == before
+
+    @pytest.mark.skipif(not AS_ROOT or not shutil.which("unshare"), reason="only root may mount")
+    def test_a_root_that_may_not_be_written_is_a_fault(self, component: Component, live: Path) -> None:
+        script = (
+            "import sys, pathlib\n"
+            "from athena_backup.manifest import Component\n"
+            "from athena_backup.volume_exchange import preflight_volume\n"
+            "component = Component.model_validate_json(sys.argv[2])\n"
+            f"print(preflight_volume(component, pathlib.Path(sys.argv[1]), '{RESTORE_ID}'))\n"
+        )
+        command = f'mount -t tmpfs -o ro none "{live}" && exec "{sys.executable}" -c "$SCRIPT" "{live}" "$DOCUMENT"'
+        ended = subprocess.run(
+            ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True,
+            env={**os.environ, "SCRIPT": script, "DOCUMENT": component.model_dump_json()},
+        )  # fmt: skip
+        if "mount" in ended.stderr:
+            pytest.skip(f"no mounting here: {ended.stderr}")
+        assert "DeniedError" in ended.stdout
+        assert "Read-only file system" in ended.stdout, ended.stderr
