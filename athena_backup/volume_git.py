@@ -58,8 +58,9 @@ def repository(walk: "Walk", folder: int, path: bytes, names: Sequence[bytes], d
         if name == b"reftable":
             yield from _together_with_folder(walk, folder, path, name, depth)
         else:
-            # A loose ref that vanishes was packed, and packed-refs comes next; or its owner deleted it, and its log.
-            yield from walk.one(folder, path, name, depth, is_passing=name in (b"refs", b"logs"))
+            # A loose ref that vanishes was packed, and packed-refs comes next; or its owner deleted it, and its log. In info
+            # the temporary files of `git update-server-info` come and go.
+            yield from walk.one(folder, path, name, depth, is_passing=name in (b"refs", b"logs", b"info"))
     own = path + b"objects"
     status, objects = walk.look(folder, own, b"objects") or (None, None)
     if status is None or objects is None:

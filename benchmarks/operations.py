@@ -42,12 +42,18 @@ def main() -> None:
                         latest.append(now - asked)
                     whole.append(now - posted)
                     time.sleep(2)
-        print(f"from the POST to the first ongoing line: median {statistics.median(first) * 1000:.0f} ms, worst {max(first) * 1000:.0f} ms")
         percentile = statistics.quantiles(latest, n=20)[-1]
-        print(f"GET /backup/latest while a backup runs: median {statistics.median(latest) * 1000:.0f} ms, 95th percentile {percentile * 1000:.0f} ms ({len(latest)} calls)")
-        print(f"from the POST to Success: median {statistics.median(whole):.1f} s")
+        print(f"POST to first ongoing line: median {_ms(statistics.median(first))}, worst {_ms(max(first))}")
+        print(
+            f"GET /backup/latest during a backup: median {_ms(statistics.median(latest))}, 95th percentile {_ms(percentile)}"
+        )
+        print(f"POST to Success: median {statistics.median(whole):.1f} s")
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from athena_backup.errors import FinalError
 from athena_backup.process import die_with_parent
@@ -34,9 +33,7 @@ class ProcessTree:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(

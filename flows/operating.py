@@ -131,7 +131,7 @@ def is_passing(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return fault is not None and fault.passing and working is not None and not working.operation.cancelled
 
 
-def task_threads() -> "TaskRunner[PrefectFuture[Any]]":
+def task_threads() -> TaskRunner[PrefectFuture[Any]]:
     """Threads for a flow's tasks; how many of them work at once is ATHENA_JOBS, which is read when the flow begins."""
     return cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=16))
 

@@ -16,7 +16,9 @@ def test_every_setting_of_ours_is_described_in_the_readme() -> None:
 
 
 def test_every_command_that_the_readme_names_exists() -> None:
-    commands = {command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands}
+    commands = {
+        command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands
+    }
     named = set(re.findall(r"athena-backup (\w+)", README))
     assert named <= commands
     assert commands <= named | {"init"}

@@ -291,7 +291,9 @@ def _take_snapshots(
             if group[0].identity.in_recovery:
                 break  # on a standby equal texts prove nothing (tried), so unequal ones need no second try
         if not exact and not group[0].identity.in_recovery:
-            _give_up(group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases")
+            _give_up(
+                group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases"
+            )
             return None
         moved = [held for held in group if not _tables_stand_still(held)]
         if not moved:

@@ -229,7 +229,7 @@ def quoted(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
-def run_sql(connection: Connection, sql: str) -> "CursorResult[Any]":
+def run_sql(connection: Connection, sql: str) -> CursorResult[Any]:
     """Run SQL text in which identifiers and constants stand literally, because the statement takes no parameters.
 
     SQLAlchemy's ``text`` would take a colon in a quoted name for a parameter, the driver a percent sign.
