@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import sqlalchemy
 from sqlalchemy import Connection, text
@@ -155,7 +156,7 @@ def _load(component: Component, staging: Database, client: Path, store: Store, o
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(staging.url)}
     command = [str(client), "--exit-on-error", "--no-password", f"--dbname={connection_string(staging.database)}"]
     with running(command, operation, environment=environment, reads=True) as child:
-        feeding = _Feeding(child.stdin.fileno(), component, store, operation)
+        feeding = _Feeding(child.stdin, component, store, operation)
         thread = threading.Thread(target=feeding.run, name=f"feed-{component.name}", daemon=True)
         thread.start()
         ended = child.wait(operation)
@@ -172,9 +173,11 @@ def _load(component: Component, staging: Database, client: Path, store: Store, o
 class _Feeding:
     """A thread's work: the stored stream into the child's stdin, to its verified end."""
 
-    def __init__(self, descriptor: int, component: Component, store: Store, operation: Operation) -> None:
-        self._descriptor = os.dup(descriptor)
-        os.close(descriptor)
+    def __init__(self, stdin: IO[bytes], component: Component, store: Store, operation: Operation) -> None:
+        # The thread owns a descriptor of its own, and the pipe object is closed as such: closing the bare number under it
+        # would let the object close it once more, when it may already be some other thread's file (seen).
+        self._descriptor = os.dup(stdin.fileno())
+        stdin.close()
         self._component = component
         self._store = store
         self._operation = operation

@@ -1,0 +1,140 @@
+"""Settings: environment over .env over the file; what is wrong is named, and no secret is ever shown."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from athena_backup.settings import ConfigurationError, Settings, load_settings, shown
+
+DATABASES = '{"asp": "postgresql://user:hunter2@db/asp"}'
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (*(field.upper() for field in Settings.model_fields), "ATHENA_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_documented_defaults() -> None:
+    settings = load_settings()
+    assert (settings.enable_regular_backups, settings.backup_frequency, settings.object_store_location_type) == (
+        False,
+        "0 0 0 * * *",
+        "local",
+    )
+    assert (settings.object_store_location_local, settings.athena_namespace, settings.backup_retention_count) == (
+        "/backup",
+        "app",
+        30,
+    )
+    assert (settings.aws_s3_bucket_name, settings.aws_s3_endpoint) == (
+        "athena-ondemand-backup",
+        "https://s3.us-west-2.amazonaws.com",
+    )
+    assert (settings.athena_api_host, settings.athena_api_port) == ("127.0.0.1", 8080)
+
+
+def test_the_environment_goes_over_dotenv_which_goes_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "athena.toml"
+    file.write_text(
+        'athena_namespace = "file"\nathena_jobs = 3\nbackup_frequency = "@hourly"\n[athena_volumes]\nedweb = "/data/edweb"\n'
+    )
+    (tmp_path / ".env").write_text("ATHENA_NAMESPACE=dotenv\nATHENA_JOBS=4\n")
+    monkeypatch.setenv("ATHENA_CONFIG", str(file))
+    monkeypatch.setenv("ATHENA_NAMESPACE", "environment")
+    settings = load_settings()
+    assert (settings.athena_namespace, settings.athena_jobs, settings.backup_frequency) == ("environment", 4, "@hourly")
+    assert settings.athena_volumes == {"edweb": Path("/data/edweb")}
+
+
+def test_the_platforms_json_is_read_nested_and_dotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "athena.json"
+    file.write_text(
+        json.dumps(
+            {
+                "backupConfig": {"backupFrequency": "@daily", "backupRetentionCount": 7, "enableRegularBackups": True},
+                "objectStoreConfig": {
+                    "locationType": "local",
+                    "localLocation": "/mnt/b",
+                    "aws.s3.bucketName": "b",
+                    "aws": {"secretKey": "s3cret"},
+                },
+            }
+        )
+    )
+    monkeypatch.setenv("ATHENA_CONFIG", str(file))
+    settings = load_settings()
+    assert (settings.backup_frequency, settings.backup_retention_count, settings.enable_regular_backups) == (
+        "@daily",
+        7,
+        True,
+    )
+    assert (settings.object_store_location_local, settings.aws_s3_bucket_name) == ("/mnt/b", "b")
+    assert settings.aws_secret_key is not None
+    assert settings.aws_secret_key.get_secret_value() == "s3cret"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("BACKUP_FREQUENCY", "0 0 25 * * *", "hours"),
+        ("BACKUP_FREQUENCY", "0 0 0 30 2 ?", "BACKUP_FREQUENCY"),
+        ("OBJECT_STORE_LOCATION_TYPE", "ftp", "OBJECT_STORE_LOCATION_TYPE"),
+        ("ATHENA_NAMESPACE", "../x", "ATHENA_NAMESPACE"),
+        ("ATHENA_DATABASES", "not json", "ATHENA_DATABASES"),
+        ("ATHENA_DATABASES", '{"postgres": "postgresql://x/y"}', "reserved"),
+        ("ATHENA_API_PORT", "99999", "ATHENA_API_PORT"),
+        ("GCP_SERVICE_ACCOUNT", "hunter2", "GCP_SERVICE_ACCOUNT"),
+        ("ATHENA_CONFIG", "/nowhere/x.toml", "/nowhere/x.toml"),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings()
+    assert named in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_name_that_is_both_database_and_volume_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATHENA_DATABASES", DATABASES)
+    monkeypatch.setenv("ATHENA_VOLUMES", '{"asp": "/data"}')
+    with pytest.raises(ConfigurationError, match="asp"):
+        load_settings()
+
+
+def test_an_unknown_member_of_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.toml").write_text('athena_namspace = "x"\n')
+    monkeypatch.setenv("ATHENA_CONFIG", str(tmp_path / "a.toml"))
+    with pytest.raises(ConfigurationError, match="athena_namspace"):
+        load_settings()
+
+
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = base64.b64encode(b'{"private_key": "hunter2"}').decode()
+    for name, value in (
+        ("ATHENA_DATABASES", DATABASES),
+        ("AWS_SECRET_KEY", "hunter2"),
+        ("AZURE_STORAGE_ACCESS_KEY", "hunter2"),
+        ("ATHENA_API_KEYS", '["hunter2"]'),
+        ("GCP_SERVICE_ACCOUNT", account),
+    ):
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    for text in (str(shown(settings)), repr(settings), str(settings.database_urls)):
+        assert "hunter2" not in text
+        assert account not in text
+    assert shown(settings)["AWS_SECRET_KEY"] == "********"
+
+
+def test_a_database_url_that_is_none_is_refused_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("mysql://u:hunter2@h/d", "postgresql://u:hunter2@h", "u:hunter2@h/d"):
+        monkeypatch.setenv("ATHENA_DATABASES", json.dumps({"asp": url}))
+        with pytest.raises(Exception, match="asp") as refused:
+            _ = load_settings().database_urls
+        assert "hunter2" not in str(refused.value)
