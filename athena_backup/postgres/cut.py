@@ -31,7 +31,7 @@ from athena_backup.postgres.sessions import (
 )
 
 LOCK_TIMEOUT_SECONDS = 60.0
-SNAPSHOT_TRIES = 300
+SNAPSHOT_TRIES = 1_000
 """Under four writers flat out a try succeeds about one time in five (field notes), and takes a few milliseconds."""
 TABLE_TRIES = 5
 _PING_SECONDS = 30.0
@@ -280,10 +280,8 @@ def _take_snapshots(
             group[:] = [held for held in group if held.database.name in opening.held]
             if not group:
                 return None
-            texts = {
-                held.reader.execute(text("SELECT pg_catalog.pg_current_snapshot()::text")).scalar_one()
-                for held in group
-            }
+            # Nothing but the one statement that takes the snapshot stands between one database and the next.
+            texts = {_take_snapshot(held) for held in group}
             agree = all(held.identity.same_server(group[0].identity) for held in group)
             if len(group) == 1 or (len(texts) == 1 and agree and not group[0].identity.in_recovery):
                 exact = True
@@ -315,10 +313,19 @@ def _give_up(group: list[Held], opening: _Opening, why: str) -> None:
 
 
 def _begin_snapshot(held: Held) -> None:
-    reader = held.reader
-    run_sql(reader, "ROLLBACK")
-    run_sql(reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-    held.taken_at = reader.execute(text("SELECT pg_catalog.clock_timestamp()")).scalar_one()
+    """Open S's transaction; its first query, not this, takes the snapshot (manual, "SET TRANSACTION")."""
+    run_sql(held.reader, "ROLLBACK")
+    run_sql(held.reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+
+def _take_snapshot(held: Held) -> str:
+    row = run_sql(
+        held.reader,
+        "SELECT pg_catalog.pg_current_snapshot()::text AS snapshot, pg_catalog.clock_timestamp() AS taken_at",
+    ).one()
+    held.taken_at = row.taken_at
+    snapshot: str = row.snapshot
+    return snapshot
 
 
 def _tables_stand_still(held: Held) -> bool:
