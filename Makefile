@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo run test check bench format lock
+.PHONY: install demo run test check bench format schema lock
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ bench: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+schema: install
+	$(BIN)/python -c 'from athena_backup.manifest import json_schema; print(json_schema(), end="")' > docs/manifest.schema.json
 
 # Pins every package with its hashes, without the address of any index.
 lock: install

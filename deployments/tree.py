@@ -28,8 +28,11 @@ class ProcessTree:
 
     grace_seconds: float = 45.0
     _children: "dict[str, subprocess.Popen[bytes]]" = field(default_factory=dict)
+    _others: set[int] = field(default_factory=set)
+    """Children that the owner had before: not ours to end."""
 
     def __enter__(self) -> "ProcessTree":
+        self._others = _child_pids()
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
         return self
 
@@ -84,22 +87,22 @@ class ProcessTree:
                 process.kill()
                 process.wait()
         self._children.clear()
-        _end_orphans()
+        _end_orphans(self._others)
 
 
-def _end_orphans() -> None:
-    """End every process that was handed to us by its parent's death."""
+def _end_orphans(spared: set[int]) -> None:
+    """End every process that was handed to us by its parent's death; those that are spared were ours before."""
     for sig, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         deadline = time.monotonic() + seconds
         signalled: set[int] = set()
-        while orphans := _child_pids():
+        while orphans := _child_pids() - spared:
             for pid in orphans - signalled:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sig)
                 signalled.add(pid)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+            for pid in orphans:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
             if time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_SECONDS)

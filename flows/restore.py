@@ -59,7 +59,7 @@ def restore(request: RestoreRequest) -> State[Any]:
             faults = faults or working.fault_list()
             discard_all(chosen, working)
             if not faults and not request.skip_health_check_after:
-                check_health(working, "after the restore")
+                faults = health_faults(working)
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
     except AthenaError as error:
@@ -186,14 +186,17 @@ def recover_from_the_dead(working: Working) -> None:
 
 
 def discard_all(chosen: Sequence[Component], working: Working) -> None:
-    """Throw away every staging of this restore that was not switched."""
+    """Throw away every staging of this restore that was not switched; what has no place here was never staged."""
+    places = configured(working)
     for component in chosen:
+        if places.get(component.name) != component.kind:
+            continue
         try:
             if component.kind == "database":
                 discard_staging(database_of(component.name, working), restore_id(working))
             else:
                 discard_volume(volume_of(component.name, working).directory, restore_id(working))
-        except (AthenaError, KeyError) as error:
+        except AthenaError as error:
             reason = fault_of(error, component=component.name, step="cleaning up")
             run_log().warning("%s; the next restore tries again", reason)
 
@@ -210,6 +213,15 @@ def check_health(working: Working, when: str) -> None:
         f"not healthy {when}: {', '.join(waiting)}",
         next_step="start these services, or disable this check in the request",
     )
+
+
+def health_faults(working: Working) -> list[Fault]:
+    """What is not healthy once everything was switched: a fault of the whole, told beside what was restored."""
+    try:
+        check_health(working, "after the restore")
+    except AthenaError as error:
+        return [error.fault(step="checking health after the restore")]
+    return []
 
 
 def _is_healthy(url: str) -> bool:
@@ -239,13 +251,19 @@ def component_of(name: str, working: Working) -> Component:
 
 
 def database_of(name: str, working: Working) -> Database:
-    """The destination's database of that component."""
-    return next(one for one in databases_of(working.settings) if one.name == name)
+    """The destination's database of that component; raises `FinalError` where it configures none."""
+    for one in databases_of(working.settings):
+        if one.name == name:
+            return one
+    raise FinalError(f"no database {name} is configured here", next_step="add it to ATHENA_DATABASES")
 
 
 def volume_of(name: str, working: Working) -> Volume:
-    """The destination's volume of that component."""
-    return next(one for one in volumes_of(working.settings) if one.name == name)
+    """The destination's volume of that component; raises `FinalError` where it configures none."""
+    for one in volumes_of(working.settings):
+        if one.name == name:
+            return one
+    raise FinalError(f"no volume {name} is configured here", next_step="add it to ATHENA_VOLUMES")
 
 
 def failure_text(faults: Sequence[Fault], chosen: Sequence[Component], switched: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Cancelling, Crashed
+from prefect.states import Cancelled, Crashed
 from pydantic import BaseModel
 
 from athena_backup.backup import close_set, standing_failure
@@ -45,6 +45,8 @@ RESTORE: Kind = "restore"
 
 SKIPPED = "Skipped"
 """Name of the state in which a scheduled run ends that found the slot taken."""
+CLAIM_GRACE = timedelta(seconds=30)
+"""How long a run may be Running before it must have the slot: one that a schedule or a button began claims it itself."""
 PENDING_LIMIT = timedelta(minutes=2)
 """A run that is Pending for longer has lost the process that was to run it."""
 RECORD_LIMIT = 200
@@ -207,11 +209,6 @@ def finished_components(client: SyncPrefectClient, run: OperationRun) -> set[str
     return {task.name for task in done if last_step in task.tags}
 
 
-def cancel_run(client: SyncPrefectClient, run: OperationRun) -> None:
-    """Ask a run to stop; it ends as Cancelled within seconds."""
-    client.set_flow_run_state(run.id, Cancelling(message="cancelled by request"))
-
-
 def reconcile(
     client: SyncPrefectClient, store: Store, namespace: str, *, lease: UUID | None = None, own: UUID | None = None
 ) -> int:
@@ -240,7 +237,12 @@ def reconcile(
 def _suspects(client: SyncPrefectClient, namespace: str, own: UUID | None) -> list[OperationRun]:
     now = datetime.now(UTC)
     unfinished = [run for kind in (BACKUP, RESTORE) for run in list_runs(client, kind, namespace, unfinished=True)]
-    return [run for run in unfinished if run.id != own and (run.begun or _is_stranded(run, now))]
+    return [run for run in unfinished if run.id != own and (_is_abandoned(run, now) or _is_stranded(run, now))]
+
+
+def _is_abandoned(run: OperationRun, now: datetime) -> bool:
+    """A run that works without the slot; a run that began a moment ago may be about to claim it."""
+    return run.begun and now - run.state_at > CLAIM_GRACE
 
 
 def _is_stranded(run: OperationRun, now: datetime) -> bool:

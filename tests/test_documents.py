@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from athena_backup.manifest import json_schema
 from athena_backup.settings import Settings
 from deployments.cli import app
 
@@ -36,3 +37,8 @@ def test_the_pins_hold_hashes_and_no_address() -> None:
     for block in re.split(r"\n(?=\S)", pins.strip()):
         assert "==" in block.splitlines()[0]
         assert "--hash=sha256:" in block
+
+
+def test_the_published_schema_is_that_of_the_manifest() -> None:
+    """Written anew by `make schema`."""
+    assert (ROOT / "docs" / "manifest.schema.json").read_text(encoding="utf-8") == json_schema()

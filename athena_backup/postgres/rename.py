@@ -5,6 +5,7 @@ sections 5 and 6). Nothing here is ever addressed with IF EXISTS, and nothing is
 """
 
 import contextlib
+import hashlib
 import re
 import threading
 import time
@@ -21,7 +22,10 @@ from athena_backup.postgres.sessions import Database, quoted, run_sql, session, 
 
 IDENTIFIER_LIMIT_BYTES = 63
 _NAME_LIMIT_BYTES = 30
-_SIDE_NAME = re.compile(r"__athena_([rb])_[0-9a-f]{12}$")
+# Cutting at a character, of at most 4 bytes, leaves 27 bytes at least.
+_AMBIGUOUS_FROM_BYTES = _NAME_LIMIT_BYTES - 3
+_HASH_DIGITS = 6
+_SIDE_NAME = re.compile(r"__athena_([rb])_([0-9a-f]{12})$")
 _MAINTENANCE_DATABASES = ("postgres", "template1")
 _RENAME_TRIES = 5
 _TERMINATE_EVERY_SECONDS = 0.05
@@ -32,12 +36,29 @@ Side = Literal["r", "b"]
 
 
 def side_name(database: str, side: Side, restore_id: str) -> str:
-    """The name of a side database: the own name cut to 30 bytes at a character, then the restore's 12 hex digits."""
-    cut = database.encode()[:_NAME_LIMIT_BYTES].decode("utf-8", "ignore")
-    name = f"{cut}__athena_{side}_{restore_id}"
+    """The name of a side database: the own name cut to 30 bytes at a character, then 12 hex digits that end the name.
+
+    They are the restore's, or, where another database's name could be cut to the same, half of them a hash of the whole
+    name: two databases of one server never share a side name.
+    """
+    name = f"{_cut(database)}__athena_{side}_{_digits(database, restore_id)}"
     if len(name.encode()) > IDENTIFIER_LIMIT_BYTES or not _SIDE_NAME.search(name):
         raise FinalError(f"{name!r} can't be the name of a side database")
     return name
+
+
+def _cut(database: str) -> str:
+    return database.encode()[:_NAME_LIMIT_BYTES].decode("utf-8", "ignore")
+
+
+def _digits(database: str, restore_id: str) -> str:
+    if len(database.encode()) < _AMBIGUOUS_FROM_BYTES:
+        return restore_id
+    return _hash(database) + restore_id[: 12 - _HASH_DIGITS]
+
+
+def _hash(database: str) -> str:
+    return hashlib.sha256(database.encode()).hexdigest()[:_HASH_DIGITS]
 
 
 @contextlib.contextmanager
@@ -80,16 +101,24 @@ def drop_database(connection: Connection, name: str, oid: int) -> None:
     run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
 
 
-def side_databases(connection: Connection, database: str) -> dict[str, int]:
-    """The side databases that restores of ``database`` have left, with their OIDs.
+def side_databases(connection: Connection, database: str, restore_id: str | None = None) -> dict[str, int]:
+    """The side databases that this restore of ``database`` (with None: any restore) has left, with their OIDs.
 
     Only the holder of the slot may drop them: a living restore's are among them.
     """
     rows = connection.execute(
         text("SELECT datname, oid FROM pg_catalog.pg_database WHERE datname ~ '__athena_[rb]_[0-9a-f]{12}$'")
     )
-    expected = database.encode()[:_NAME_LIMIT_BYTES].decode("utf-8", "ignore")
-    return {row.datname: row.oid for row in rows if _SIDE_NAME.sub("", row.datname) == expected}
+    return {row.datname: row.oid for row in rows if _is_side_of(row.datname, database, restore_id)}
+
+
+def _is_side_of(name: str, database: str, restore_id: str | None) -> bool:
+    found = _SIDE_NAME.search(name)
+    if found is None or name[: found.start()] != _cut(database):
+        return False
+    if restore_id is not None:
+        return found.group(2) == _digits(database, restore_id)
+    return len(database.encode()) < _AMBIGUOUS_FROM_BYTES or found.group(2).startswith(_hash(database))
 
 
 @dataclass(frozen=True)
@@ -98,7 +127,6 @@ class Switched:
 
     live_oid: int
     before_name: str | None
-    before_oid: int | None
 
 
 def switch_database(
@@ -118,13 +146,13 @@ def switch_database(
             operation.check()
             live_oid = database_oid(connection, database.database)
             if live_oid == staged_oid:  # a repeated call: the switch was done and only its answer was lost
-                return Switched(staged_oid, before_name, database_oid(connection, before_name))
+                return Switched(staged_oid, before_name)
             if database_oid(connection, staged_name) != staged_oid:
                 raise FinalError(f"{staged_name} is not the database that was staged: somebody replaced it")
             try:
                 with _terminating(database.url, [database.database, staged_name]):
                     _rename(connection, database.database, live_oid, staged_name, before_name)
-                return Switched(staged_oid, before_name if live_oid is not None else None, live_oid)
+                return Switched(staged_oid, before_name if live_oid is not None else None)
             except sqlalchemy.exc.DBAPIError as error:
                 if not isinstance(translated(error), PassingError) or attempt == _RENAME_TRIES:
                     raise

@@ -35,6 +35,7 @@ from athena_backup.store import Store
 
 # These would hinder the loading's own later sessions, so they come last ("PostgreSQL", section 3).
 _LAST_SETTINGS = ("default_transaction_read_only", "session_preload_libraries", "local_preload_libraries")
+_LOCALE_PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
 # Setting one of these in our session, to take it over with FROM CURRENT, would change who we are.
 _IDENTITY_SETTINGS = ("role", "session_authorization")
 
@@ -71,7 +72,7 @@ def create_staging(connection: Connection, facts: DatabaseFacts, target: Databas
     name = side_name(target.database, "r", restore_id)
     if database_oid(connection, name) is not None:
         return
-    createmissing_roles(connection, facts)
+    create_missing_roles(connection, facts)
     run_sql(connection, f"CREATE DATABASE {quoted(name)} {_properties(connection, facts)}")
 
 
@@ -87,7 +88,9 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
     if facts.tablespace != "pg_default":  # naming even the default one takes a right that an ordinary owner lacks
         options.append(f"TABLESPACE {quoted(facts.tablespace)}")
     if server >= 150_000:
-        provider = {"c": "libc", "i": "icu", "b": "builtin"}[facts.locale_provider]
+        provider = _LOCALE_PROVIDERS.get(facts.locale_provider)
+        if provider is None:
+            raise DamagedError(f"the manifest names a locale provider {facts.locale_provider!r}, which there is not")
         options.append(f"LOCALE_PROVIDER {provider}")
         if facts.locale_provider == "i" and facts.locale:
             options.append(f"ICU_LOCALE {_literal(facts.locale)}")
@@ -98,7 +101,7 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
     return " ".join(options)
 
 
-def createmissing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
+def create_missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
     """Create the roles that the destination lacks, without a login or any power; memberships only among those."""
     missing = missing_roles(connection, facts)
     for name in missing:
@@ -283,10 +286,9 @@ def discard_staging(target: Database, restore_id: str | None = None) -> list[str
     """
     dropped = []
     with maintenance_session(target.url) as connection:
-        for name, oid in side_databases(connection, target.database).items():
-            if restore_id is None or name.endswith(restore_id):
-                drop_database(connection, name, oid)
-                dropped.append(name)
+        for name, oid in side_databases(connection, target.database, restore_id).items():
+            drop_database(connection, name, oid)
+            dropped.append(name)
     return dropped
 
 

@@ -179,7 +179,7 @@ def test_a_switch_whose_answer_was_lost_can_be_repeated(
     staged = stage(dump(database, local_store), database, local_store)
     first = switch_database(database, staged.oid, RESTORE, "app", Operation())
     second = switch_database(database, staged.oid, RESTORE, "app", Operation())
-    assert (first.live_oid, first.before_oid) == (second.live_oid, second.before_oid)
+    assert first == second
     with session(postgres.url()) as connection:
         assert database_oid(connection, "twice") == staged.oid
 
@@ -371,8 +371,25 @@ def test_an_ordinary_owner_without_superuser_can_back_up_and_restore(
 
 
 @pytest.mark.parametrize("name", ["x" * 63, "ü" * 40, "a", "__athena_r_0123456789ab"])
-def test_a_side_name_fits_and_ends_with_the_restores_id(name: str) -> None:
+def test_a_side_name_fits_and_ends_with_twelve_digits(name: str) -> None:
     made = side_name(name, "b", RESTORE)
     assert len(made.encode()) <= 63
-    assert re.search(r"__athena_b_0123456789ab$", made)
+    assert re.search(r"__athena_b_[0-9a-f]{12}$", made)
     assert made.encode().decode() == made
+
+
+def test_databases_whose_names_begin_alike_never_share_a_side_database(
+    make_database: Make, postgres: EmbeddedServer
+) -> None:
+    alike = "a_name_of_exactly_thirty_bytes"
+    names = [alike, f"{alike}_one", f"{alike}_two"]
+    sides = {name: side_name(name, "r", RESTORE) for name in names}
+    assert len(set(sides.values())) == 3
+    for name in [*names, *sides.values()]:
+        make_database(name)
+    one = Database("one", postgres.url(names[1]))
+    assert discard_staging(one, "ffffffffffff") == []
+    assert discard_staging(one, RESTORE) == [sides[names[1]]]
+    assert discard_staging(Database("short", postgres.url(alike))) == [sides[alike]]
+    with session(postgres.url()) as connection:
+        assert database_oid(connection, sides[names[2]]) is not None
