@@ -15,12 +15,14 @@ from athena_backup.backup import software
 from athena_backup.settings import Settings
 from deployments.schedules import prefect_schedules
 from flows.backup import backup
+from flows.recovery import recover
 from flows.restore import restore
-from flows.runs import BACKUP, RESTORE
+from flows.runs import BACKUP, RECOVER, RESTORE
 
 DESCRIPTIONS: dict[str, str] = {
     BACKUP: "Takes a full backup of every configured database and volume. Scheduled by BACKUP_FREQUENCY.",
     RESTORE: "Overwrites this service's databases and volumes with the state of a backup set. Use with extreme caution.",
+    RECOVER: "Finishes or throws away what a killed restore left; the service starts it by itself.",
 }
 
 
@@ -31,6 +33,7 @@ def deployments(settings: Settings, version: str | None = None) -> Sequence[Runn
     return [
         _deployment(backup, settings.athena_namespace, tags, schedules, version),
         _deployment(restore, settings.athena_namespace, tags, [], version),
+        _deployment(recover, settings.athena_namespace, tags, [], version),
     ]
 
 

@@ -1,17 +1,38 @@
 """What has to stand in Prefect and the store before the service's parts can do their work; all of it may be repeated."""
 
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from athena_backup.catalog import SetState, list_sets
+from athena_backup.errors import AthenaError
 from athena_backup.settings import Settings
 from blocks.keys import ApiKeys, load_hashes, make_key
 from blocks.stores import open_store
+from flows.recovery import has_leftovers
 from flows.requests import BackupRequest
-from flows.runs import BACKUP, RESTORE, OperationRunningError, reconcile, skip_missed, start_backup
+from flows.runs import (
+    BACKUP,
+    RECOVER,
+    RESTORE,
+    OperationRunningError,
+    reconcile,
+    skip_missed,
+    start_backup,
+    start_recovery,
+)
 from flows.slot import ensure_limit
+
+SETTLE_SECONDS = 5
+SETTLE_LIMIT_SECONDS = 60
+
+logger = logging.getLogger("athena_backup.preparation")
 
 
 def prepare(settings: Settings) -> str | None:
@@ -32,9 +53,11 @@ def prepare(settings: Settings) -> str | None:
 
 
 def is_served(settings: Settings, mark: str) -> bool:
-    """Whether the runner with this start mark has registered both deployments."""
+    """Whether the runner with this start mark has registered all deployments."""
     with get_client(sync_client=True) as client:
-        return all(_version(client, f"{flow}/{settings.athena_namespace}") == mark for flow in (BACKUP, RESTORE))
+        return all(
+            _version(client, f"{flow}/{settings.athena_namespace}") == mark for flow in (BACKUP, RESTORE, RECOVER)
+        )
 
 
 def _version(client: SyncPrefectClient, name: str) -> str | None:
@@ -44,10 +67,22 @@ def _version(client: SyncPrefectClient, name: str) -> str | None:
         return None
 
 
+def recover(settings: Settings) -> bool:
+    """Start a recovery if a killed restore left something in a volume of this machine; True once nothing is left."""
+    if not has_leftovers(settings):
+        return True
+    with get_client(sync_client=True) as client:
+        start_recovery(client, settings.athena_namespace)
+    return False
+
+
 def catch_up(settings: Settings, now: datetime) -> bool:
-    """Start one backup if the schedule is on and no successful set is as young as its last instant (contract, section 1)."""
+    """Start one backup if the schedule is on and no successful set is as young as its last instant (contract, section 1).
+
+    True once there is nothing to catch up on; False while another operation keeps it from being started.
+    """
     if not settings.enable_regular_backups or not settings.athena_catch_up:
-        return False
+        return True
     due = settings.schedule.last_at_or_before(now.astimezone(UTC))
     store = open_store(settings)
     good = [
@@ -56,10 +91,40 @@ def catch_up(settings: Settings, now: datetime) -> bool:
         if one.state is SetState.SUCCESS
     ]
     if due is None or (good and max(good) >= due):
-        return False
+        return True
     with get_client(sync_client=True) as client:
         try:
             start_backup(client, store, settings.athena_namespace, BackupRequest())
         except OperationRunningError:
             return False
     return True
+
+
+@contextlib.contextmanager
+def settling(settings: Settings, now: datetime) -> Iterator[None]:
+    """While the block lasts, recover and then catch up, each until it is done; whatever fails is logged and tried again.
+
+    Beside the service's own work, because a predecessor that was killed may have the slot for up to 75 s.
+    """
+    stopped = threading.Event()
+
+    def settle() -> None:
+        duties = [lambda: recover(settings), lambda: catch_up(settings, now)]
+        pause_seconds = SETTLE_SECONDS
+        while duties and not stopped.is_set():
+            try:
+                while duties and duties[0]():
+                    duties.pop(0)
+            except (AthenaError, httpx.HTTPError, PrefectHTTPStatusError) as error:
+                logger.warning("could not recover, or catch up on a missed backup, yet: %s", error)
+            if duties:
+                stopped.wait(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, SETTLE_LIMIT_SECONDS)
+
+    thread = threading.Thread(target=settle, name="settle", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

@@ -93,7 +93,6 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
             {**environment, _READY_MARK: mark},
             is_ready=lambda: preparation.is_served(settings, mark),
         )
-        preparation.catch_up(settings, datetime.now(UTC))
         say("starting the API ...")
         tree.start(
             "the API",
@@ -101,7 +100,7 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
             environment,
             is_ready=lambda: _answers(f"{_url(settings.athena_api_host, api_port)}/athena/api/v1/openapi.json"),
         )
-        with _announced(settings, prefect_api_url):
+        with _announced(settings, prefect_api_url), preparation.settling(settings, datetime.now(UTC)):
             yield Running(_url(settings.athena_api_host, api_port), prefect_api_url.removesuffix("/api"), new_key), tree
 
 

@@ -22,8 +22,8 @@ from athena_backup.manifest import Manifest
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.sessions import Database
-from athena_backup.settings import Settings
-from athena_backup.volume_archive import Volume, write_volume
+from athena_backup.volume_archive import write_volume
+from flows.components import database_of, databases_of, volume_of, volumes_of
 from flows.operating import (
     SlotTakenError,
     Working,
@@ -35,6 +35,7 @@ from flows.operating import (
     task_threads,
 )
 from flows.progress import in_units
+from flows.recovery import recover_one_volume
 from flows.requests import BackupRequest
 from flows.runs import BACKUP, SKIPPED
 
@@ -77,6 +78,7 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 began=working.began,
                 only_databases=request.only_databases,
                 cancelled=working.operation.cancelled,
+                spread_seconds=working.cut.spread_seconds if working.cut else 0,
             )
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
@@ -98,7 +100,7 @@ def back_up_database(name: str) -> None:
     def work(working: Working) -> None:
         if working.cut is None:
             raise FinalError("the flow holds no cut")
-        [database] = [one for one in databases_of(working.settings) if one.name == name]
+        database = database_of(name, working.settings)
         with component_document(working, Expected(name, "database")):
             component = write_database(
                 database,
@@ -116,10 +118,14 @@ def back_up_database(name: str) -> None:
 
 @task(name="back up volume", tags=["volume", "step:backup"], **RETRYING)
 def back_up_volume(name: str) -> None:
-    """Archive one volume; a complete archive of an earlier try of this run is kept."""
+    """Archive one volume, after what a killed restore left half-switched in it was finished.
+
+    A complete archive of an earlier try of this run is kept.
+    """
 
     def work(working: Working) -> None:
-        [volume] = [one for one in volumes_of(working.settings) if one.name == name]
+        volume = volume_of(name, working.settings)
+        recover_one_volume(volume)
         if complete_attempt(working.store, working.set_id, Expected(name, "volume")) is not None:
             return
         with component_document(working, Expected(name, "volume")):
@@ -179,13 +185,3 @@ def refuse_foreign_set(working: Working) -> None:
     document = entry and (entry.manifest or entry.failure)
     if document and document.run_id != str(working.run_id):
         raise FinalError(f"there is a set {working.set_id} already", next_step="start another backup")
-
-
-def databases_of(settings: Settings) -> list[Database]:
-    """The configured databases, in their order."""
-    return [Database(name, url) for name, url in settings.database_urls.items()]
-
-
-def volumes_of(settings: Settings) -> list[Volume]:
-    """The configured volumes, in their order."""
-    return [Volume(name, directory) for name, directory in settings.athena_volumes.items()]

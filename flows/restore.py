@@ -20,27 +20,25 @@ from athena_backup.errors import AthenaError, Fault, FinalError, UnavailableErro
 from athena_backup.manifest import Component, Manifest
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
-from athena_backup.postgres.sessions import Database
 from athena_backup.postgres.staging import discard_staging, stage_database
 from athena_backup.settings import load_settings
-from athena_backup.volume_archive import Volume
 from athena_backup.volume_exchange import (
     discard_volume,
-    leftovers,
     preflight_volume,
-    recover_volume,
     stage_volume,
     switch_volume,
 )
-from flows.backup import RETRYING, databases_of, volumes_of
+from flows.backup import RETRYING
+from flows.components import database_of, volume_of
 from flows.operating import SlotTakenError, Working, component_work, free_slot, operating, run_log, task_threads
+from flows.recovery import recover_after_crash, recover_from_the_dead
 from flows.requests import RestoreRequest
 from flows.runs import RESTORE, SKIPPED
 
 _HEALTH_SECONDS = 120
 
 
-@flow(name=RESTORE, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
+@flow(name=RESTORE, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot, recover_after_crash])
 def restore(request: RestoreRequest) -> State[Any]:
     """Overwrite this service's databases and volumes with the state of a backup set. Use with extreme caution.
 
@@ -51,10 +49,10 @@ def restore(request: RestoreRequest) -> State[Any]:
         with operating(RESTORE, request.set_id(load_settings().athena_namespace)) as working:
             if not request.skip_health_check_before:
                 check_health(working, "before the restore")
-            recover_from_the_dead(working)
+            faults = recover_from_the_dead(working)
             manifest = whole_manifest(working.store, working.set_id)
-            chosen, faults = choose(manifest, request, working)
-            faults = faults or preflight(chosen, working)
+            chosen, homeless = choose(manifest, request, working)
+            faults = [*faults, *homeless] or preflight(chosen, working)
             switched = [] if faults else stage_and_switch(chosen)
             faults = faults or working.fault_list()
             discard_all(chosen, working)
@@ -97,10 +95,12 @@ def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
     for component in chosen:
         try:
             if component.kind == "database":
-                target = database_of(component.name, working)
+                target = database_of(component.name, working.settings)
                 found = preflight_database(component, target, restore_id(working), working.settings.athena_pg_bin)
             else:
-                found = preflight_volume(component, volume_of(component.name, working).directory, restore_id(working))
+                found = preflight_volume(
+                    component, volume_of(component.name, working.settings).directory, restore_id(working)
+                )
         except AthenaError as error:
             found = [error]
         faults += [error.fault(component=component.name, step="checking before the restore") for error in found]
@@ -134,10 +134,14 @@ def stage(name: str) -> None:
         component = component_of(name, working)
         if component.kind == "volume":
             stage_volume(
-                component, working.store, volume_of(name, working).directory, restore_id(working), working.operation
+                component,
+                working.store,
+                volume_of(name, working.settings).directory,
+                restore_id(working),
+                working.operation,
             )
             return
-        target = database_of(name, working)
+        target = database_of(name, working.settings)
         try:
             working.staged[name] = stage_database(
                 component,
@@ -161,28 +165,14 @@ def switch(name: str) -> None:
 
     def work(working: Working) -> None:
         if component_of(name, working).kind == "volume":
-            switch_volume(volume_of(name, working).directory, restore_id(working), working.operation)
+            switch_volume(volume_of(name, working.settings).directory, restore_id(working), working.operation)
             return
-        target = database_of(name, working)
+        target = database_of(name, working.settings)
         namespace = working.settings.athena_namespace
         switch_database(target, working.staged[name].oid, restore_id(working), namespace, working.operation)
         discard_staging(target, restore_id(working))
 
     component_work(name, "switching", work)
-
-
-def recover_from_the_dead(working: Working) -> None:
-    """Finish or throw away what killed restores left: the slot is ours, so none of them lives."""
-    for volume in volumes_of(working.settings):
-        for dead in leftovers(volume.directory):
-            recover_volume(volume.directory, dead)
-            run_log().warning("volume %s: finished or discarded what the dead restore %s left", volume.name, dead)
-    for database in databases_of(working.settings):
-        try:
-            for name in discard_staging(database):
-                run_log().warning("database %s: dropped %s, which a dead restore left", database.name, name)
-        except AthenaError as error:
-            run_log().warning("database %s: could not look for what dead restores left: %s", database.name, error)
 
 
 def discard_all(chosen: Sequence[Component], working: Working) -> None:
@@ -193,9 +183,9 @@ def discard_all(chosen: Sequence[Component], working: Working) -> None:
             continue
         try:
             if component.kind == "database":
-                discard_staging(database_of(component.name, working), restore_id(working))
+                discard_staging(database_of(component.name, working.settings), restore_id(working))
             else:
-                discard_volume(volume_of(component.name, working).directory, restore_id(working))
+                discard_volume(volume_of(component.name, working.settings).directory, restore_id(working))
         except AthenaError as error:
             reason = fault_of(error, component=component.name, step="cleaning up")
             run_log().warning("%s; the next restore tries again", reason)
@@ -248,22 +238,6 @@ def component_of(name: str, working: Working) -> Component:
     if component is None:
         raise FinalError(f"the set has no component {name}")
     return component
-
-
-def database_of(name: str, working: Working) -> Database:
-    """The destination's database of that component; raises `FinalError` where it configures none."""
-    for one in databases_of(working.settings):
-        if one.name == name:
-            return one
-    raise FinalError(f"no database {name} is configured here", next_step="add it to ATHENA_DATABASES")
-
-
-def volume_of(name: str, working: Working) -> Volume:
-    """The destination's volume of that component; raises `FinalError` where it configures none."""
-    for one in volumes_of(working.settings):
-        if one.name == name:
-            return one
-    raise FinalError(f"no volume {name} is configured here", next_step="add it to ATHENA_VOLUMES")
 
 
 def failure_text(faults: Sequence[Fault], chosen: Sequence[Component], switched: Sequence[str]) -> str:

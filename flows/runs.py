@@ -39,9 +39,10 @@ from athena_backup.store import Store
 from flows.requests import BackupRequest, RestoreRequest
 from flows.slot import claim, ensure_limit, release
 
-Kind = Literal["backup", "restore"]
+Kind = Literal["backup", "restore", "recover"]
 BACKUP: Kind = "backup"
 RESTORE: Kind = "restore"
+RECOVER: Kind = "recover"
 
 SKIPPED = "Skipped"
 """Name of the state in which a scheduled run ends that found the slot taken."""
@@ -105,11 +106,29 @@ def start_restore(client: SyncPrefectClient, namespace: str, request: RestoreReq
         raise
 
 
+def start_recovery(client: SyncPrefectClient, namespace: str) -> OperationRun | None:
+    """Claim the slot and create a run of the namespace's ``recover`` deployment.
+
+    None where another operation has the slot: each of them recovers what it works on before anything else.
+    """
+    try:
+        lease = _claim(client, namespace)
+    except OperationRunningError:
+        return None
+    try:
+        return _create(client, RECOVER, namespace, SetId(namespace, Timestamp.of(datetime.now(UTC))), lease)
+    except BaseException:
+        release(client, lease)
+        raise
+
+
 def _claim(client: SyncPrefectClient, namespace: str) -> UUID:
     ensure_limit(client, namespace)
     lease = claim(client, namespace)
     if lease is None:
-        raise OperationRunningError("a backup or restore is running", next_step="wait for its end, then try again")
+        raise OperationRunningError(
+            "a backup, restore or recovery is running", next_step="wait for its end, then try again"
+        )
     return lease
 
 
@@ -126,7 +145,7 @@ def _free_timestamp(client: SyncPrefectClient, store: Store, namespace: str) -> 
 
 
 def _create(
-    client: SyncPrefectClient, kind: Kind, namespace: str, set_id: SetId, lease: UUID, request: BaseModel
+    client: SyncPrefectClient, kind: Kind, namespace: str, set_id: SetId, lease: UUID, request: BaseModel | None = None
 ) -> OperationRun:
     try:
         deployment = client.read_deployment_by_name(f"{kind}/{namespace}")
@@ -139,7 +158,7 @@ def _create(
         deployment.id,
         name=run_name(kind, set_id),
         tags=run_tags(namespace, set_id, kind, lease),
-        parameters={"request": request.model_dump(mode="json")},
+        parameters={"request": request.model_dump(mode="json")} if request is not None else {},
     )
     return _operation_run(kind, namespace, run)
 
@@ -215,7 +234,7 @@ def reconcile(
     """Bury the namespace's operations that died: close their sets, end their runs. Returns how many there were.
 
     With ``lease`` the caller holds the slot, and ``own`` is its run; otherwise the slot is claimed for as long as it takes
-    if something is unfinished, and nothing happens while somebody else has it.
+    if something is unfinished, and nothing happens while somebody else has it. After a dead restore a recovery is started.
     """
     suspects = _suspects(client, namespace, own)
     if not suspects:
@@ -228,15 +247,20 @@ def reconcile(
         dead = _suspects(client, namespace, own)
         for run in dead:
             _bury(client, store, run)
-        return len(dead)
     finally:
         if claimed is not None:
             release(client, claimed)
+    # A caller that holds the slot recovers by itself.
+    if claimed is not None and any(run.kind != BACKUP for run in dead):
+        start_recovery(client, namespace)
+    return len(dead)
 
 
 def _suspects(client: SyncPrefectClient, namespace: str, own: UUID | None) -> list[OperationRun]:
     now = datetime.now(UTC)
-    unfinished = [run for kind in (BACKUP, RESTORE) for run in list_runs(client, kind, namespace, unfinished=True)]
+    unfinished = [
+        run for kind in (BACKUP, RESTORE, RECOVER) for run in list_runs(client, kind, namespace, unfinished=True)
+    ]
     return [run for run in unfinished if run.id != own and (_is_abandoned(run, now) or _is_stranded(run, now))]
 
 

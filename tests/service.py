@@ -48,7 +48,6 @@ class Service:
         self.prefect_url = ""
         self.output: list[str] = []
         self._process: subprocess.Popen[str] | None = None
-        self._lines: queue.Queue[str | None] = queue.Queue()
 
     def start(self) -> None:
         """Start it and wait until it has said where it is."""
@@ -56,10 +55,10 @@ class Service:
         self._process = subprocess.Popen(
             command, env=self.environment, cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        self._lines = queue.Queue()
-        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, args=(self._process, lines), daemon=True).start()
         deadline = time.monotonic() + _START_SECONDS
-        while (line := self._lines.get(timeout=max(0.1, deadline - time.monotonic()))) is not None:
+        while (line := lines.get(timeout=max(0.1, deadline - time.monotonic()))) is not None:
             if found := re.match(r"(API|Prefect UI): +(http\S+)", line):
                 if found.group(1) == "API":
                     self.api_url = found.group(2).removesuffix("/athena/api/v1")
@@ -69,12 +68,12 @@ class Service:
                 return
         raise AssertionError("the service did not start:\n" + "\n".join(self.output[-40:]))
 
-    def _read(self, process: "subprocess.Popen[str]") -> None:
+    def _read(self, process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
         assert process.stdout is not None
         for line in process.stdout:
             self.output.append(line.rstrip("\n"))
-            self._lines.put(line.rstrip("\n"))
-        self._lines.put(None)
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
 
     @property
     def pid(self) -> int:
@@ -154,13 +153,13 @@ class Service:
 
 
 @contextmanager
-def stopped_child(program: str, seconds: float = 60.0) -> Iterator[int]:
-    """Catch the next process of this program as it starts, and hold it still (SIGSTOP) while the block lasts."""
+def stopped_child(service: Service, program: str = "pg_dump", seconds: float = 60.0) -> Iterator[int]:
+    """Catch the next process of this program that the service starts, and hold it still (SIGSTOP) while the block lasts."""
     found: list[int] = []
-    before = set(_pids_of(program))
+    before = set(_pids_of(service, program))
 
     def catch() -> bool:
-        for pid in set(_pids_of(program)) - before:
+        for pid in set(_pids_of(service, program)) - before:
             try:
                 os.kill(pid, signal.SIGSTOP)
             except ProcessLookupError:
@@ -180,13 +179,17 @@ def stopped_child(program: str, seconds: float = 60.0) -> Iterator[int]:
             os.kill(found[0], signal.SIGCONT)
 
 
-def _pids_of(program: str) -> Iterator[int]:
+def _pids_of(service: Service, program: str) -> Iterator[int]:
+    """Dumping processes of the service; their own environment is bare, so the service is known by their parent's."""
+    home = f"ATHENA_HOME={service.home / 'athena'}".encode()
     for directory in Path("/proc").iterdir():
         if directory.name.isdigit():
             try:
-                if (directory / "comm").read_text().strip() == program and "--format=custom" in (
-                    directory / "cmdline"
-                ).read_text():
+                if (directory / "comm").read_text().strip() != program:
+                    continue
+                parent = re.search(r"^PPid:\s+(\d+)$", (directory / "status").read_text(), re.MULTILINE)
+                is_ours = parent and home in (Path("/proc") / parent.group(1) / "environ").read_bytes().split(b"\0")
+                if is_ours and "--format=custom" in (directory / "cmdline").read_text():
                     yield int(directory.name)
             except OSError:
                 continue

@@ -98,7 +98,7 @@ class TestBackup:
         self, service: Service, backed_up: str
     ) -> None:
         timestamp = service.start_backup()
-        with stopped_child("pg_dump"):
+        with stopped_child(service):
             assert ONGOING.fullmatch(message(service.call("POST", "/ondemandbackup")))
             second = service.call(
                 "POST", "/ondemandrestore", json.dumps({"timestamp": backed_up, "sourceNamespace": "app"})
@@ -155,7 +155,7 @@ class TestBackup:
         taken: list[float] = []
         with httpx.Client(headers={"Authorization": KEY}, trust_env=False, timeout=30) as client:
             service.start_backup()
-            with stopped_child("pg_dump"):
+            with stopped_child(service):
                 for _ in range(100):
                     began = time.monotonic()
                     assert "ongoing" in client.get(f"{service.api_url}/athena/api/v1/backup/latest").text
