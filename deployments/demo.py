@@ -71,7 +71,9 @@ def run(root: Path, *, size: float, keep: bool, began: float) -> int:
             wrong = differences(before, fingerprints(server.url(), volumes))
             code = report(before, lost, wrong, root, time.monotonic() - began)
             if keep and code == 0:
-                _say("\neverything is left running; Ctrl-C stops it")
+                # Once more, because the operations have pushed it out of sight.
+                for line in announcement(running):
+                    _say(line)
                 with stop_signals() as stopped:
                     while not stopped.wait(0.5) and tree.ended() is None:
                         continue
