@@ -1,0 +1,115 @@
+"""Disks as they are: really full, out of inodes, laid over one another. Each test has mounts of its own that end with it."""
+
+import ctypes
+import os
+import subprocess
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from athena_backup.manifest import Component
+from athena_backup.names import SetId, Timestamp
+from athena_backup.operation import Operation
+from athena_backup.store.local import LocalStore
+from athena_backup.volume_archive import Volume, write_volume
+
+RESTORE_ID = "0123456789ab"
+SET = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+_CLONE_NEWNS = 0x00020000
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+
+
+def in_own_mounts(work: Callable[[], None]) -> None:
+    """Run ``work`` in a child with a mount namespace of its own (unshare(2)); skips the test where there may be none."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        told = b""
+        try:
+            if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS) != 0:
+                raise pytest.skip.Exception("no mount namespace here")
+            mount("--make-rprivate", "/")
+            work()
+        except pytest.skip.Exception as skipped:
+            told = b"skip " + str(skipped).encode()
+        except BaseException:  # noqa: BLE001 - it is told to the parent, where it fails the test
+            told = traceback.format_exc().encode()
+        os.write(writer, told)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        outcome = pipe.read().decode()
+    os.waitpid(child, 0)
+    if outcome.startswith("skip "):
+        pytest.skip(outcome.removeprefix("skip "))
+    assert not outcome, outcome
+
+
+def mount(*arguments: str | Path) -> None:
+    mounted = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        raise pytest.skip.Exception(f"no mounting here: {mounted.stderr}")
+
+
+def tmpfs(place: Path, options: str) -> Path:
+    place.mkdir(exist_ok=True)
+    mount("-t", "tmpfs", "-o", options, "none", place)
+    return place
+
+
+def tree(root: Path, what: str, count: int) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        (root / f"{what}-{number}").write_text(what)
+    return root
+
+
+def contents(root: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in root.iterdir() if not path.name.startswith(".athena-")}
+
+
+def back_up(root: Path, store: LocalStore) -> Component:
+    return write_volume(Volume("repos", root), store, SET, "run", Operation())
+
+
+@pytest.fixture
+def component(tmp_path: Path, local_store: LocalStore) -> Component:
+    return back_up(tree(tmp_path / "source", "new", 30), local_store)
+
+
+def use_inodes(file_system: Path, leave: int) -> Iterator[Path]:
+    number = 0
+    while os.statvfs(file_system).f_favail > leave:
+        filler = file_system / f"filler-{number}"
+        filler.touch()
+        yield filler
+        number += 1
+
+
+class TestMounts:
+    def test_files_of_an_overlay_are_read_although_they_bear_other_device_numbers(
+        self, local_store: LocalStore, tmp_path: Path
+    ) -> None:
+        def work() -> None:
+            disk = tmpfs(tmp_path / "disk", "size=4m")
+            low, up, live = (disk / name for name in ("low", "up", "live"))
+            live.mkdir()
+            tmpfs(low, "size=4m")
+            tmpfs(up, "size=4m")
+            for name in ("upper", "work"):
+                (up / name).mkdir()
+            tree(low / "folder", "lower", 3)
+            mount("-t", "overlay", "-o", f"lowerdir={low},upperdir={up}/upper,workdir={up}/work", "overlay", live)
+            tree(live, "upper", 2)
+            (live / "mounted").touch()
+            mount("--bind", tmp_path / "foreign", live / "mounted")
+            volume = back_up(live, local_store).volume
+            assert volume is not None
+            assert volume.files == 5
+            assert volume.other_file_systems == ("mounted",)
+
+        (tmp_path / "foreign").write_text("of another file system")
+        in_own_mounts(work)
