@@ -4,14 +4,15 @@ First run, retry and recovery all end in `close_set`: it reads every component.j
 either manifest.json or failure.json. Nothing about a set is believed because somebody returned it.
 """
 
+import contextlib
 import importlib.metadata
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from athena_backup.catalog import is_marked_deleting
-from athena_backup.errors import DamagedError, Fault, FinalError, UnavailableError
+from athena_backup.errors import AthenaError, DamagedError, Fault, FinalError, UnavailableError
 from athena_backup.instructions import instructions
 from athena_backup.manifest import (
     COMPONENT,
@@ -32,6 +33,7 @@ from athena_backup.manifest import (
 from athena_backup.names import SetId, is_attempt, new_attempt
 from athena_backup.store import Store, read_document
 
+_CLOSING = "closing the set"
 SETTLE_SECONDS = 60
 """How long an unknown outcome of a put is read after before it is left unknown."""
 
@@ -107,7 +109,7 @@ def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]
         if is_attempt(attempt) and store.head(key) is not None:
             component = read_component(read_document(store, key), key)
             if (component.name, component.kind, component.attempt) != (expected.name, expected.kind, attempt):
-                raise DamagedError(f"{key} is the document of another component", step="closing the set")
+                raise DamagedError(f"{key} is the document of another component", step=_CLOSING)
             found.append(component)
     return sorted(found, key=lambda component: component.ended)
 
@@ -120,6 +122,17 @@ def complete_attempt(store: Store, set_id: SetId, expected: Expected) -> Compone
     return None
 
 
+@contextlib.contextmanager
+def _named_step() -> Iterator[None]:
+    """A store that fails while the set is closed (full, gone) becomes a status: it has to name this step."""
+    try:
+        yield
+    except AthenaError as error:
+        error.step = error.step or _CLOSING
+        raise
+
+
+@_named_step()
 def close_set(
     store: Store,
     set_id: SetId,
@@ -186,7 +199,7 @@ def _judge(
             elif wanted.name not in named:
                 faults.append(_why_incomplete(store, set_id, wanted))
         except FinalError as error:
-            faults.append(error.fault(component=wanted.name, step="closing the set"))
+            faults.append(error.fault(component=wanted.name, step=_CLOSING))
     faults += _unequal_cuts(chosen)
     if not expected and not faults:
         faults.append(_fault("no database and no volume is configured", "set ATHENA_DATABASES and ATHENA_VOLUMES"))
@@ -212,7 +225,7 @@ def _why_incomplete(store: Store, set_id: SetId, wanted: Expected) -> Fault:
         return tried[-1].fault
     if tried:
         missing = ", ".join(_missing_parts(store, tried[-1]))
-        return DamagedError(f"the store lacks {missing}").fault(component=wanted.name, step="closing the set")
+        return DamagedError(f"the store lacks {missing}").fault(component=wanted.name, step=_CLOSING)
     return FinalError("it was not backed up: the run ended before").fault(component=wanted.name, step="backing up")
 
 
@@ -235,4 +248,4 @@ def standing_failure(store: Store, set_id: SetId) -> Failure | None:
 
 
 def _fault(cause: str, next_step: str = "") -> Fault:
-    return FinalError(cause, next_step=next_step).fault(step="closing the set")
+    return FinalError(cause, next_step=next_step).fault(step=_CLOSING)

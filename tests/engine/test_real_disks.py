@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from athena_backup.manifest import Component
+from athena_backup.backup import Expected, close_set, put_component
+from athena_backup.catalog import list_sets
+from athena_backup.errors import FullError
+from athena_backup.manifest import Component, Failure, Manifest
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
-from athena_backup.store.local import LocalStore
+from athena_backup.store.local import LocalStore, initialize
 from athena_backup.volume_archive import Volume, write_volume
 
 RESTORE_ID = "0123456789ab"
@@ -87,6 +90,52 @@ def use_inodes(file_system: Path, leave: int) -> Iterator[Path]:
         filler.touch()
         yield filler
         number += 1
+
+
+class TestStore:
+    def test_a_store_that_fills_up_fails_the_set_names_the_cause_and_the_next_set_is_whole(
+        self, tmp_path: Path
+    ) -> None:
+        def work() -> None:
+            place = tmpfs(tmp_path / "store", "size=2m")
+            initialize(place)
+            store = LocalStore(str(place))
+            volume = tree(tmp_path / "volume", "small", 3)
+            (volume / "large").write_bytes(os.urandom(4 << 20))
+            with pytest.raises(FullError, match="No space left on device") as caught:
+                back_up(volume, store)
+            assert list(store.entries("")) == [], "what did not fit is discarded, and its room is free again"
+            expected = [Expected("repos", "volume")]
+            fault = caught.value.fault(component="repos", step="archiving")
+            failed = close_set(store, SET, expected, [fault], run_id="run", began=fault.at)
+            assert isinstance(failed, Failure)
+            assert "repos: error archiving: " in failed.status
+            assert "No space left on device" in failed.status
+            (volume / "large").unlink()
+            put_component(store, SET, back_up(volume, store))
+            assert isinstance(close_set(store, SET, expected, [], run_id="run", began=fault.at), Manifest)
+            assert [one.status for one in list_sets(store, "app")] == ["Success"]
+
+        in_own_mounts(work)
+
+    def test_a_store_without_room_for_the_manifest_has_no_set_and_says_at_which_step(self, tmp_path: Path) -> None:
+        def work() -> None:
+            place = tmpfs(tmp_path / "store", "size=1m")
+            initialize(place)
+            store = LocalStore(str(place))
+            component = back_up(tree(tmp_path / "volume", "small", 3), store)
+            put_component(store, SET, component)
+            filler = os.open(place / "filler", os.O_WRONLY | os.O_CREAT)
+            with pytest.raises(OSError, match="No space left"):
+                while True:
+                    os.write(filler, bytes(4096))
+            os.close(filler)
+            with pytest.raises(FullError) as caught:
+                close_set(store, SET, [Expected("repos", "volume")], [], run_id="run", began=component.began)
+            assert "error closing the set: " in str(caught.value.fault(step="preparing"))
+            assert [one.status for one in list_sets(store, "app")] != ["Success"]
+
+        in_own_mounts(work)
 
 
 class TestMounts:
