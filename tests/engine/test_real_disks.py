@@ -1,6 +1,7 @@
 """Disks as they are: really full, out of inodes, laid over one another. Each test has mounts of its own that end with it."""
 
 import ctypes
+import errno
 import os
 import subprocess
 import traceback
@@ -11,12 +12,13 @@ import pytest
 
 from athena_backup.backup import Expected, close_set, put_component
 from athena_backup.catalog import list_sets
-from athena_backup.errors import FullError
+from athena_backup.errors import FinalError, FullError
 from athena_backup.manifest import Component, Failure, Manifest
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore, initialize
 from athena_backup.volume_archive import Volume, write_volume
+from athena_backup.volume_exchange import leftovers, recover_volume, stage_volume, switch_volume
 
 RESTORE_ID = "0123456789ab"
 SET = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
@@ -138,6 +140,56 @@ class TestStore:
         in_own_mounts(work)
 
 
+class TestStaging:
+    @pytest.mark.parametrize("options", ["size=600k", "size=4m,nr_inodes=30"], ids=["full", "out of inodes"])
+    def test_a_volume_that_fills_up_keeps_what_is_live_and_gets_its_room_back(
+        self, component: Component, local_store: LocalStore, tmp_path: Path, options: str
+    ) -> None:
+        def work() -> None:
+            live = tree(tmpfs(tmp_path / "live", options), "old", 5)
+            if "inodes" not in options:
+                (live / "room").write_bytes(bytes(550 << 10))
+                before = os.statvfs(live).f_bavail
+            else:
+                before = os.statvfs(live).f_favail
+            old = {name: live.joinpath(name).read_bytes() for name in os.listdir(live)}
+            with pytest.raises(FullError, match="No space left on device"):
+                stage_volume(component, local_store, live, RESTORE_ID, Operation())
+            assert leftovers(live) == []
+            assert {name: live.joinpath(name).read_bytes() for name in os.listdir(live)} == old
+            status = os.statvfs(live)
+            assert (status.f_bavail if "inodes" not in options else status.f_favail) == before
+
+        in_own_mounts(work)
+
+    @pytest.mark.parametrize("left", range(8))
+    def test_a_switch_out_of_inodes_leaves_wholly_old_for_good_or_wholly_new(
+        self, component: Component, local_store: LocalStore, tmp_path: Path, left: int
+    ) -> None:
+        def work() -> None:
+            disk = tmpfs(tmp_path / "disk", "size=4m,nr_inodes=400")
+            live = tree(disk / "live", "old", 5)
+            old = contents(live)
+            stage_volume(component, local_store, live, RESTORE_ID, Operation())
+            fillers = list(use_inodes(disk, left))
+            try:
+                switch_volume(live, RESTORE_ID, Operation())
+            except FullError:
+                pass
+            else:
+                assert contents(live) == contents(tmp_path / "source")
+                return
+            assert contents(live) == old, "what is told as left alone is as it was"
+            for filler in fillers:
+                filler.unlink()
+            # Long afterwards, when there is room again and people have gone on working, another restore recovers first.
+            (live / "written later").write_text("precious")
+            assert recover_volume(live, RESTORE_ID) is False
+            assert contents(live) == {**old, "written later": "precious"}
+
+        in_own_mounts(work)
+
+
 class TestMounts:
     def test_files_of_an_overlay_are_read_although_they_bear_other_device_numbers(
         self, local_store: LocalStore, tmp_path: Path
@@ -162,3 +214,27 @@ class TestMounts:
 
         (tmp_path / "foreign").write_text("of another file system")
         in_own_mounts(work)
+
+
+def test_a_volume_in_the_middle_of_a_switch_is_not_backed_up(
+    component: Component, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = tree(tmp_path / "live", "old", 5)
+    stage_volume(component, local_store, live, RESTORE_ID, Operation())
+    real, left = os.replace, [2]
+
+    def failing(*values: object, **named: object) -> None:
+        left[0] -= bytes(values[0]) in (b"moving out", b"moving in", b"switched")  # type: ignore[call-overload]
+        if left[0] < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        real(*values, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(FinalError, match="neither wholly old nor wholly new, its switch broke off: Input/output error"):
+        switch_volume(live, RESTORE_ID, Operation())
+    monkeypatch.undo()
+    with pytest.raises(FinalError, match="neither wholly old nor wholly new"):
+        back_up(live, local_store)
+    assert recover_volume(live, RESTORE_ID) is True
+    assert contents(live) == contents(tmp_path / "source")
+    assert back_up(live, local_store).volume == component.volume
