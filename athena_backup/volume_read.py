@@ -115,7 +115,7 @@ class _Archive:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._chunk = memoryview(b"")
-        """What is left of the chunk that was read last; never copied as a whole, for one of zeros may be 128 MiB."""
+        """What is left of the chunk that was read last; never copied as a whole, for one of zeros may be 32 MiB."""
         self._pending = 0
         """Bytes of the present member's content and padding that nobody has read yet."""
 
