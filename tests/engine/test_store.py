@@ -218,6 +218,25 @@ class TestMarker:
             open_local(str(root), memory)
         assert list(root.iterdir()) == []
 
+    def test_a_mount_that_goes_away_in_the_middle_is_neither_written_below_nor_read(self, tmp_path: Path) -> None:
+        root = tmp_path / "backup"
+        root.mkdir()
+        store = open_local(str(root), tmp_path / "stores.json")
+        store.put("app/before", b"1")
+        root.rename(tmp_path / "unmounted")
+        root.mkdir()
+        for call in (
+            lambda: store.put("app/after", b"2"),
+            lambda: store.write("app/part", [b"2"]),
+            lambda: store.head("app/before"),
+            lambda: list(store.entries("")),
+            lambda: list(store.folders("")),
+            lambda: store.delete(["app/before"]),
+        ):
+            with pytest.raises(FinalError, match="carries no store id"):
+                call()
+        assert list(root.iterdir()) == []
+
     def test_another_volume_in_its_place_is_noticed(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "stores.json"
         root.mkdir()
