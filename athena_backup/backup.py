@@ -110,6 +110,8 @@ def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]
             component = read_component(read_document(store, key), key)
             if (component.name, component.kind, component.attempt) != (expected.name, expected.kind, attempt):
                 raise DamagedError(f"{key} is the document of another component", step=_CLOSING)
+            if any(not part.key.startswith(f"{folder}{attempt}/") for part in component.parts):
+                raise DamagedError(f"{key} names parts that lie outside of its folder", step=_CLOSING)
             found.append(component)
     return sorted(found, key=lambda component: component.ended)
 
@@ -117,7 +119,7 @@ def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]
 def complete_attempt(store: Store, set_id: SetId, expected: Expected) -> Component | None:
     """The newest complete attempt whose parts all stand in the store with their sizes; None where there is none."""
     for component in reversed(attempts(store, set_id, expected)):
-        if component.state == "complete" and not list(_missing_parts(store, component)):
+        if component.state == "complete" and component.parts and not list(_missing_parts(store, component)):
             return component
     return None
 
@@ -224,7 +226,7 @@ def _why_incomplete(store: Store, set_id: SetId, wanted: Expected) -> Fault:
     if tried and tried[-1].fault is not None:
         return tried[-1].fault
     if tried:
-        missing = ", ".join(_missing_parts(store, tried[-1]))
+        missing = ", ".join(_missing_parts(store, tried[-1])) or "every part of it"
         return DamagedError(f"the store lacks {missing}").fault(component=wanted.name, step=_CLOSING)
     return FinalError("it was not backed up: the run ended before").fault(component=wanted.name, step="backing up")
 

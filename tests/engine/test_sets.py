@@ -1,5 +1,6 @@
 """How a set is closed, listed and deleted: what is listed as Success is whole, anything less is a failed set."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -83,6 +84,19 @@ def test_a_part_that_is_gone_or_short_fails_the_set(local_store: LocalStore) -> 
     outcome = close(local_store, GITSERVER)
     assert isinstance(outcome, Failure)
     assert component.parts[0].key in outcome.status
+
+
+def test_a_component_without_parts_or_with_those_of_another_set_fails_the_set(local_store: LocalStore) -> None:
+    component = written(local_store)
+    key = component_folder(SET, "volume", "gitserver", component.attempt) + "component.json"
+    foreign = component.parts[0].model_copy(update={"key": "app/2020-01-01t00-00-00/x"})
+    local_store.put(foreign.key, b"x")
+    for parts, cause in (((), "the store lacks every part"), ((foreign,), "outside of its folder")):
+        stream = component.streams[0].model_copy(update={"parts": parts})
+        local_store.put(key, to_json(component.model_copy(update={"streams": (stream,)})))
+        outcome = close(local_store, GITSERVER)
+        assert isinstance(outcome, Failure)
+        assert cause in outcome.status
 
 
 def test_a_retry_that_succeeds_closes_the_set_of_an_earlier_failure(local_store: LocalStore) -> None:
@@ -217,6 +231,44 @@ class TestCatalog:
         (entry,) = list_sets(local_store, "app")
         assert entry.state is SetState.FAILED
         assert "damaged" in entry.status
+
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            (("timestamp",), "nonsense"),
+            (("namespace",), "../x"),
+            (("schema_version",), "9" * 5_000 + ".0"),
+            (("began",), "2026-11-23T12:00:00"),
+            (("components", 0, "streams", 0, "parts", 0, "key"), "../../etc/shadow"),
+            (("components", 0, "streams", 0, "parts", 0, "key"), "app/2020-01-01t00-00-00/volumes/x/0000"),
+            (("components", 0, "streams"), []),
+            (("components", 0, "state"), "failed"),
+            (("components", 1, "name"), "gitserver"),
+        ],
+    )
+    def test_a_manifest_that_cannot_be_true_is_no_success_and_breaks_no_list(
+        self, local_store: LocalStore, where: tuple[str | int, ...], value: object
+    ) -> None:
+        written(local_store, GITSERVER)
+        written(local_store, EDWEB)
+        close(local_store, GITSERVER, EDWEB)
+        document = json.loads(read_document(local_store, SET.prefix + MANIFEST))
+        place = document
+        for step in where[:-1]:
+            place = place[step]
+        place[where[-1]] = value
+        local_store.put(SET.prefix + MANIFEST, json.dumps(document).encode())
+        [entry] = list_sets(local_store, "app")
+        assert entry.state is SetState.FAILED
+        assert "is not a document of ours" in entry.status
+
+    def test_a_failure_with_instants_that_cannot_be_compared_breaks_no_list(self, local_store: LocalStore) -> None:
+        faults = [FinalError("x").fault(at=NOW), FinalError("y").fault(at=NOW)]
+        document = json.loads(to_json(close_set(local_store, SET, [], faults, run_id="run", began=NOW)))
+        document["faults"][0]["at"] = "2026-11-23T12:00:00"
+        local_store.put(SET.prefix + FAILURE, json.dumps(document).encode())
+        [entry] = list_sets(local_store, "app")
+        assert entry.state is SetState.FAILED
 
     def test_a_manifest_that_was_copied_under_another_timestamp_is_no_success(self, local_store: LocalStore) -> None:
         written(local_store)
