@@ -297,7 +297,14 @@ class LocalStore:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
-        os.fsync(folder)
+        try:
+            os.fsync(folder)
+        except OSError:
+            # A name that may be gone after a crash must not be found by whoever settles the outcome by reading.
+            if not replace:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=folder)
+            raise
         return True
 
     @contextlib.contextmanager

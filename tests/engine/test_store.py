@@ -2,12 +2,13 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError
+from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError, UnavailableError
 from athena_backup.store import Store, read_document
 from athena_backup.store.local import MARKER, LocalStore, initialize, open_local, store_id
 
@@ -161,6 +162,22 @@ class TestLocal:
             local_store.write("part", [b"x"])
         monkeypatch.undo()
         assert local_store.head("part") is None
+
+    def test_an_error_of_syncing_the_folder_discards_the_object(
+        self, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        local_store.put("app/old", b"old")
+        real = os.fsync
+
+        def failing(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EIO, "Input/output error")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(UnavailableError, match="Input/output error"):
+            local_store.put("app/new", b"new", if_absent=True)
+        assert [entry.key for entry in local_store.entries("")] == ["app/old"]
 
     def test_a_file_and_its_new_folders_are_synced_before_the_write_returns(
         self, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
