@@ -7,7 +7,7 @@ either manifest.json or failure.json. Nothing about a set is believed because so
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -24,6 +24,7 @@ from athena_backup.manifest import (
     Failure,
     Kind,
     Manifest,
+    Server,
     component_folder,
     read_component,
     read_failure,
@@ -145,7 +146,6 @@ def close_set(
     began: datetime,
     only_databases: bool = False,
     cancelled: bool = False,
-    spread_seconds: float = 0,
 ) -> Manifest | Failure:
     """Write manifest.json if every expected component is complete and no fault is given; failure.json otherwise.
 
@@ -176,7 +176,7 @@ def close_set(
                 "only_databases": only_databases,
                 "servers": tuple(servers[number] for number in sorted(servers)),
                 "components": tuple(chosen),
-                "spread_seconds": spread_seconds,
+                "spread_seconds": _spread_seconds(servers.values()),
             }
         )
         store.put(set_id.prefix + INSTRUCTIONS, instructions(manifest).encode())
@@ -185,6 +185,12 @@ def close_set(
     failure = Failure.model_validate({**document, "cancelled": cancelled, "faults": tuple(all_faults)})
     store.put(set_id.prefix + FAILURE, to_json(failure))
     return failure
+
+
+def _spread_seconds(servers: Collection[Server]) -> float:
+    """The time between the first and the last server's instant."""
+    instants = [server.consistent_at for server in servers]
+    return (max(instants) - min(instants)).total_seconds() if instants else 0.0
 
 
 def _judge(

@@ -126,28 +126,29 @@ def test_a_fault_keeps_a_set_from_success_even_if_every_part_is_there(local_stor
     assert isinstance(close_set(local_store, SET, [GITSERVER], [fault], run_id="run", began=NOW), Failure)
 
 
+def server(number: int, second: int) -> Server:
+    return Server(
+        number=number, host="h", port=1, version=180000, system_identifier="1", in_recovery=False,
+        consistent_at=NOW + timedelta(seconds=second), exact=True, spread_seconds=0,
+    )  # fmt: skip
+
+
 def test_databases_that_were_read_under_different_cuts_are_no_set(local_store: LocalStore) -> None:
     asp, gogs = Expected("asp", "database"), Expected("gogs", "database")
-
-    def server(second: int) -> Server:
-        at = NOW + timedelta(seconds=second)
-        return Server(
-            number=0,
-            host="h",
-            port=1,
-            version=180000,
-            system_identifier="1",
-            in_recovery=False,
-            consistent_at=at,
-            exact=True,
-            spread_seconds=0,
-        )
-
-    written(local_store, asp, server=server(0))
-    written(local_store, gogs, server=server(1))
+    written(local_store, asp, server=server(0, 0))
+    written(local_store, gogs, server=server(0, 1))
     outcome = close(local_store, asp, gogs)
     assert isinstance(outcome, Failure)
     assert "different instants" in outcome.status
+
+
+def test_the_manifest_holds_the_time_between_the_instants_of_several_servers(local_store: LocalStore) -> None:
+    asp, gogs = Expected("asp", "database"), Expected("gogs", "database")
+    written(local_store, asp, server=server(0, 0))
+    written(local_store, gogs, server=server(1, 3))
+    outcome = close(local_store, asp, gogs)
+    assert isinstance(outcome, Manifest)
+    assert outcome.spread_seconds == 3
 
 
 def test_nothing_configured_is_a_failed_set_and_not_an_empty_success(local_store: LocalStore) -> None:
