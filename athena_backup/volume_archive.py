@@ -208,6 +208,10 @@ class _Archive:
                     member = member_of(entry.path, status, link=first[0])
                     yield self._counted(replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0))
                     return
+                if first is not None and not entry.is_object:
+                    self.torn.append(
+                        shown(entry.path)
+                    )  # changed since its first name was read: two files in the archive
                 self.links[inode] = (entry.path, status.st_size, status.st_mtime_ns)
             yield from self._content(entry, descriptor)
         finally:
