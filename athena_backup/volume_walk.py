@@ -30,6 +30,8 @@ STAGING_PREFIX = b".athena-"
 """Names at the root of a volume that are ours; never backed up."""
 DEPTH_LIMIT = 250
 """Folders within folders; each holds a descriptor open while what is below it is read."""
+PATH_LIMIT_SEGMENTS = DEPTH_LIMIT + 4
+"""Of any path that the walk gives: git's order goes down to `objects/info/commit-graphs/*` without counting."""
 
 
 @dataclass
