@@ -4,14 +4,15 @@ First run, retry and recovery all end in `close_set`: it reads every component.j
 either manifest.json or failure.json. Nothing about a set is believed because somebody returned it.
 """
 
+import contextlib
 import importlib.metadata
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from athena_backup.catalog import is_marked_deleting
-from athena_backup.errors import DamagedError, Fault, FinalError, UnavailableError
+from athena_backup.errors import AthenaError, DamagedError, Fault, FinalError, UnavailableError
 from athena_backup.instructions import instructions
 from athena_backup.manifest import (
     COMPONENT,
@@ -23,6 +24,7 @@ from athena_backup.manifest import (
     Failure,
     Kind,
     Manifest,
+    Server,
     component_folder,
     read_component,
     read_failure,
@@ -32,6 +34,7 @@ from athena_backup.manifest import (
 from athena_backup.names import SetId, is_attempt, new_attempt
 from athena_backup.store import Store, read_document
 
+_CLOSING = "closing the set"
 SETTLE_SECONDS = 60
 """How long an unknown outcome of a put is read after before it is left unknown."""
 
@@ -107,7 +110,9 @@ def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]
         if is_attempt(attempt) and store.head(key) is not None:
             component = read_component(read_document(store, key), key)
             if (component.name, component.kind, component.attempt) != (expected.name, expected.kind, attempt):
-                raise DamagedError(f"{key} is the document of another component", step="closing the set")
+                raise DamagedError(f"{key} is the document of another component", step=_CLOSING)
+            if any(not part.key.startswith(f"{folder}{attempt}/") for part in component.parts):
+                raise DamagedError(f"{key} names parts that lie outside of its folder", step=_CLOSING)
             found.append(component)
     return sorted(found, key=lambda component: component.ended)
 
@@ -115,11 +120,22 @@ def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]
 def complete_attempt(store: Store, set_id: SetId, expected: Expected) -> Component | None:
     """The newest complete attempt whose parts all stand in the store with their sizes; None where there is none."""
     for component in reversed(attempts(store, set_id, expected)):
-        if component.state == "complete" and not list(_missing_parts(store, component)):
+        if component.state == "complete" and component.parts and not list(_missing_parts(store, component)):
             return component
     return None
 
 
+@contextlib.contextmanager
+def _named_step() -> Iterator[None]:
+    """A store that fails while the set is closed (full, gone) becomes a status: it has to name this step."""
+    try:
+        yield
+    except AthenaError as error:
+        error.step = error.step or _CLOSING
+        raise
+
+
+@_named_step()
 def close_set(
     store: Store,
     set_id: SetId,
@@ -130,7 +146,6 @@ def close_set(
     began: datetime,
     only_databases: bool = False,
     cancelled: bool = False,
-    spread_seconds: float = 0,
 ) -> Manifest | Failure:
     """Write manifest.json if every expected component is complete and no fault is given; failure.json otherwise.
 
@@ -161,7 +176,7 @@ def close_set(
                 "only_databases": only_databases,
                 "servers": tuple(servers[number] for number in sorted(servers)),
                 "components": tuple(chosen),
-                "spread_seconds": spread_seconds,
+                "spread_seconds": _spread_seconds(servers.values()),
             }
         )
         store.put(set_id.prefix + INSTRUCTIONS, instructions(manifest).encode())
@@ -170,6 +185,12 @@ def close_set(
     failure = Failure.model_validate({**document, "cancelled": cancelled, "faults": tuple(all_faults)})
     store.put(set_id.prefix + FAILURE, to_json(failure))
     return failure
+
+
+def _spread_seconds(servers: Collection[Server]) -> float:
+    """The time between the first and the last server's instant."""
+    instants = [server.consistent_at for server in servers]
+    return (max(instants) - min(instants)).total_seconds() if instants else 0.0
 
 
 def _judge(
@@ -186,7 +207,7 @@ def _judge(
             elif wanted.name not in named:
                 faults.append(_why_incomplete(store, set_id, wanted))
         except FinalError as error:
-            faults.append(error.fault(component=wanted.name, step="closing the set"))
+            faults.append(error.fault(component=wanted.name, step=_CLOSING))
     faults += _unequal_cuts(chosen)
     if not expected and not faults:
         faults.append(_fault("no database and no volume is configured", "set ATHENA_DATABASES and ATHENA_VOLUMES"))
@@ -211,8 +232,8 @@ def _why_incomplete(store: Store, set_id: SetId, wanted: Expected) -> Fault:
     if tried and tried[-1].fault is not None:
         return tried[-1].fault
     if tried:
-        missing = ", ".join(_missing_parts(store, tried[-1]))
-        return DamagedError(f"the store lacks {missing}").fault(component=wanted.name, step="closing the set")
+        missing = ", ".join(_missing_parts(store, tried[-1])) or "every part of it"
+        return DamagedError(f"the store lacks {missing}").fault(component=wanted.name, step=_CLOSING)
     return FinalError("it was not backed up: the run ended before").fault(component=wanted.name, step="backing up")
 
 
@@ -235,4 +256,4 @@ def standing_failure(store: Store, set_id: SetId) -> Failure | None:
 
 
 def _fault(cause: str, next_step: str = "") -> Fault:
-    return FinalError(cause, next_step=next_step).fault(step="closing the set")
+    return FinalError(cause, next_step=next_step).fault(step=_CLOSING)

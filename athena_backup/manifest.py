@@ -5,14 +5,13 @@ takes any minor version of its own major one, ignoring members that it does not 
 """
 
 import json
-from datetime import datetime
 from typing import Annotated, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from athena_backup.errors import DamagedError, Fault, FinalError
-from athena_backup.names import SetId, Timestamp, parse_component_name
+from athena_backup.names import SetId, Timestamp, parse_component_name, parse_namespace
 
 SCHEMA_VERSION = "1.0"
 MANIFEST = "manifest.json"
@@ -154,7 +153,7 @@ class Server(_Document):
     version: int = Field(description="server_version_num, such as 150018.")
     system_identifier: str | None = Field(description="null where the role may not read pg_control_system().")
     in_recovery: bool
-    consistent_at: datetime
+    consistent_at: AwareDatetime
     exact: bool = Field(description="Whether all its databases were proven to be read at one instant.")
     spread_seconds: float = Field(description="Time between the first and the last snapshot; 0 where exact.")
 
@@ -167,8 +166,8 @@ class Component(_Document):
     attempt: str = Field(pattern="^[0-9a-f]{12}$")
     run_id: str = Field(description="The Prefect flow run that wrote it.")
     state: Literal["complete", "failed"]
-    began: datetime
-    ended: datetime
+    began: AwareDatetime
+    ended: AwareDatetime
     streams: tuple[Stream, ...] = ()
     server: Server | None = Field(default=None, description="Of a database: the server it was read from.")
     database: DatabaseFacts | None = None
@@ -191,19 +190,37 @@ class Component(_Document):
         return sum(part.raw_size_bytes for part in self.parts)
 
 
+def _has_instant(fault: Fault) -> Fault:
+    if fault.at.utcoffset() is None:
+        raise ValueError("a fault's instant has no time zone")
+    return fault
+
+
 def component_folder(set_id: SetId, kind: Kind, name: str, attempt: str) -> str:
     """The folder of one attempt at a component, with the closing slash."""
     return f"{set_id.prefix}{FOLDERS[kind]}/{name}/{attempt}/"
 
 
 class _SetDocument(_Document):
+    """Whatever stands in it that can't be true makes it unreadable here: one such document would break a whole list later."""
+
     schema_version: str = SCHEMA_VERSION
     namespace: str
     timestamp: str
     run_id: str
     software: str = Field(description="Name and version of the program that wrote the set.")
-    began: datetime
-    ended: datetime
+    began: AwareDatetime
+    ended: AwareDatetime
+
+    @pydantic.field_validator("namespace")
+    @classmethod
+    def _namespace_is_safe(cls, value: str) -> str:
+        return parse_namespace(value)
+
+    @pydantic.field_validator("timestamp")
+    @classmethod
+    def _timestamp_is_one(cls, value: str) -> str:
+        return str(Timestamp.parse(value))
 
     @property
     def set_id(self) -> SetId:
@@ -221,6 +238,20 @@ class Manifest(_SetDocument):
     components: tuple[Component, ...] = Field(description="In the order of the configuration.")
     spread_seconds: float = Field(default=0, description="Time between the servers' instants.")
 
+    @pydantic.model_validator(mode="after")
+    def _holds_only_its_own(self) -> "Manifest":
+        """Every component once, whole, and with parts of its own attempt: another set's would go when that one is deleted."""
+        names = [component.name for component in self.components]
+        if len(set(names)) < len(names):
+            raise ValueError("a component stands twice in the manifest")
+        for one in self.components:
+            folder = component_folder(self.set_id, one.kind, one.name, one.attempt)
+            if one.state != "complete" or not one.parts:
+                raise ValueError(f"the component {one.name} is not complete")
+            if any(not part.key.startswith(folder) for part in one.parts):
+                raise ValueError(f"a part of {one.name} lies outside of its folder")
+        return self
+
     def component(self, name: str) -> Component | None:
         """The component of that name, None if the set has none."""
         return next((component for component in self.components if component.name == name), None)
@@ -230,7 +261,7 @@ class Failure(_SetDocument):
     """What is left of a failed set, so that the list can show it: what failed, where, why."""
 
     cancelled: bool = False
-    faults: tuple[Fault, ...]
+    faults: tuple[Annotated[Fault, pydantic.AfterValidator(_has_instant)], ...]
 
     @property
     def status(self) -> str:
@@ -241,7 +272,7 @@ class Failure(_SetDocument):
 
 
 class _Version(_Document):
-    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")] = SCHEMA_VERSION
+    schema_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = SCHEMA_VERSION
 
 
 def to_json(document: BaseModel) -> bytes:

@@ -55,7 +55,8 @@ class Timestamp:
         return cls(instant.astimezone(UTC).replace(microsecond=0))
 
     def __str__(self) -> str:
-        return self.instant.strftime(_TIMESTAMP_FORMAT)
+        # strftime writes a year before 1000 without its zeros.
+        return self.instant.strftime(_TIMESTAMP_FORMAT).rjust(19, "0")
 
 
 def parse_namespace(text: str) -> str:

@@ -20,6 +20,7 @@ from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.store import Store
 from athena_backup.volume_entry import Entry, open_entry, reading, shown
 from athena_backup.volume_pax import END, HARD_LINK, SEGMENT_LIMIT, Member, header, member_of, padding, sparse_map
+from athena_backup.volume_staging import half_switched
 from athena_backup.volume_walk import Walk
 
 TORN_LIMIT = 0.01
@@ -56,9 +57,16 @@ def write_volume(
 ) -> Component:
     """Archive a volume into a new attempt's folder and return its complete `Component`; component.json is the caller's.
 
-    Raises `FinalError` for a directory that is not there or (unless ``allow_empty``) empty, as an unmounted one is; for an
-    entry that can't be read; and where more than ``torn_limit`` of the files changed or vanished while being read.
+    Raises `FinalError` for a directory that is not there or (unless ``allow_empty``) empty, as an unmounted one is; for one
+    that a restore left in the middle of its switch; for an entry that can't be read; and where more than ``torn_limit`` of
+    the files changed or vanished while being read.
     """
+    half = half_switched(volume.directory)
+    if half:
+        raise FinalError(
+            f"{volume.directory} is neither wholly old nor wholly new: the switch of restore {half[0]} was broken off",
+            next_step="restore again: that finishes the switch before anything else",
+        )
     began = datetime.now(UTC)
     attempt = new_attempt()
     folder = component_folder(set_id, "volume", volume.name, attempt)
@@ -200,6 +208,10 @@ class _Archive:
                     member = member_of(entry.path, status, link=first[0])
                     yield self._counted(replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0))
                     return
+                if first is not None and not entry.is_object:
+                    self.torn.append(
+                        shown(entry.path)
+                    )  # changed since its first name was read: two files in the archive
                 self.links[inode] = (entry.path, status.st_size, status.st_mtime_ns)
             yield from self._content(entry, descriptor)
         finally:

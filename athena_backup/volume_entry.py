@@ -100,3 +100,16 @@ def is_same(one: os.stat_result, other: os.stat_result) -> bool:
         other.st_ino,
         stat.S_IFMT(other.st_mode),
     )
+
+
+def mount_of(name: bytes, folder: int) -> int:
+    """The id of the mount that an entry of an open folder (``.``: the folder itself) lies in. Raises `OSError`.
+
+    By /proc/self/fdinfo (proc_pid_fdinfo(5)): a device number can't tell, on an overlay each layer's files bear another.
+    """
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+            return next(int(line.partition(":")[2]) for line in lines if line.startswith("mnt_id:"))
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,9 @@ has these states, each a link's text in the staging place, put there in one step
     moving in   staged entries go to the root    a recovery goes on
     switched    only `old/` is left to be removed
 
-How far a phase has come is read off the entries themselves: what is still to be moved is still there.
+How far a phase has come is read off the entries themselves: what is still to be moved is still there. Whatever has to be
+made for it is made before the first state, for a disk may be full: a switch that is reported as failed and left standing
+would be gone on with by a later recovery, over what was written since.
 """
 
 import contextlib
@@ -30,10 +32,14 @@ from athena_backup.volume_extract import OwnerMap, RestoredVolume, read_volume
 from athena_backup.volume_preflight import mount_points, preflight_volume
 from athena_backup.volume_staging import (
     LOCK,
+    LOCK_FLAGS,
     MET,
+    MOVING_IN,
+    MOVING_OUT,
     NEW,
     OLD,
     STATE,
+    SWITCHED,
     TIME,
     leftovers,
     made_staging,
@@ -41,13 +47,13 @@ from athena_backup.volume_staging import (
     opened_root,
     remove_staging,
     staging_name,
+    state,
     told,
 )
 from athena_backup.volume_walk import STAGING_PREFIX
 
 __all__ = ["discard_volume", "leftovers", "preflight_volume", "recover_volume", "stage_volume", "switch_volume"]
 
-_MOVING_OUT, _MOVING_IN, _SWITCHED = b"moving out", b"moving in", b"switched"
 _RENAME_NOREPLACE = 1
 _ROUNDS = 1_000
 """How often something that live writers make anew is put out of the way before the switch gives up."""
@@ -94,20 +100,29 @@ def switch_volume(root: Path, restore_id: str, operation: Operation) -> None:
     """Put the staged entries in the place of the live ones; a repeated call finishes what an earlier one began.
 
     Raises `FinalError`, with nothing moved, where another file system is mounted inside the volume or nothing is staged;
-    and with everything moved back, where a live entry can't be moved.
+    and with everything moved back, where a live entry can't be moved. Only an error that says so leaves it in between.
     """
     operation.check()
     inside = mount_points(root)
     if inside:
         raise FinalError(f"{', '.join(inside)} is mounted inside {root}", next_step="unmount it during the restore")
     with told(root), _locked_staging(root, restore_id) as (descriptor, staging):
-        if staging is None or (_state(staging) is None and not _has(staging, NEW)):
+        if staging is None or (state(staging) is None and not _has(staging, NEW)):
             raise FinalError(f"{root} has no staged entries of restore {restore_id}", next_step="restore again")
-        if _state(staging) is None:
-            _set_times(descriptor, staging)
-            _set_state(staging, _MOVING_OUT)
-        _roll_forward(descriptor, staging)
-        _discard(descriptor, staging, restore_id)
+        if state(staging) is None:
+            _begin(descriptor, staging)
+        try:
+            _roll_forward(descriptor, staging)
+        except (OSError, AthenaError) as error:
+            if state(staging) is None:
+                raise
+            cause = error.cause if isinstance(error, AthenaError) else f"{error.strerror} ({error.filename})"
+            kind = PassingError if isinstance(error, PassingError) else FinalError
+            raise kind(
+                f"{root} is neither wholly old nor wholly new, its switch broke off: {cause}",
+                next_step="mend the cause, then restore again: that finishes this switch first",
+            ) from error
+        _discard_replaced(descriptor, staging, restore_id)
 
 
 def recover_volume(root: Path, restore_id: str) -> bool:
@@ -118,11 +133,12 @@ def recover_volume(root: Path, restore_id: str) -> bool:
     with told(root), _locked_staging(root, restore_id) as (descriptor, staging):
         if staging is None:
             return False
-        begun = _state(staging) is not None
-        if begun:
-            _roll_forward(descriptor, staging)
-        _discard(descriptor, staging, restore_id)
-        return begun
+        if state(staging) is None:
+            _discard(descriptor, staging, restore_id)
+            return False
+        _roll_forward(descriptor, staging)
+        _discard_replaced(descriptor, staging, restore_id)
+        return True
 
 
 def discard_volume(root: Path, restore_id: str) -> None:
@@ -136,35 +152,53 @@ def discard_volume(root: Path, restore_id: str) -> None:
 
 
 def _discard(root: int, staging: int, restore_id: str) -> None:
-    state = _state(staging)
-    if state in (_MOVING_OUT, _MOVING_IN):
+    reached = state(staging)
+    if reached in (MOVING_OUT, MOVING_IN):
         raise FinalError(
             f"the switch of restore {restore_id} has begun and not ended: it is recovered, not discarded",
             next_step="restart the service: it recovers before it does anything else",
         )
     mtime_ns = os.fstat(root).st_mtime_ns
-    if state == _SWITCHED and _has(staging, TIME):
+    if reached == SWITCHED and _has(staging, TIME):
         mtime_ns, _ = _times(staging)
     remove_staging(root, staging_name(restore_id), mtime_ns)
 
 
+def _discard_replaced(root: int, staging: int, restore_id: str) -> None:
+    """Remove what a finished switch replaced. What can't be removed (an immutable file, one that NFS keeps for whoever has it
+    open, a folder that is written to without end) makes no failure of a switch that is done; the next restore tries again."""
+    with contextlib.suppress(OSError):
+        _discard(root, staging, restore_id)
+
+
+def _begin(root: int, staging: int) -> None:
+    _prepare(root, staging)
+    try:
+        _set_state(staging, MOVING_OUT)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(STATE, dir_fd=staging)
+        raise
+
+
 def _roll_forward(root: int, staging: int) -> None:
     """Both phases, from wherever they stand. Every rename is of one entry and replaces nothing."""
-    if _state(staging) == _MOVING_OUT:
+    if state(staging) == MOVING_OUT:
         try:
             _move_out(root, staging)
+            _set_state(staging, MOVING_IN)
         except (OSError, AthenaError):
-            _move_back(root, staging)
+            if state(staging) == MOVING_OUT:
+                _move_back(root, staging)
             raise
-        _set_state(staging, _MOVING_IN)
-    if _state(staging) == _MOVING_IN:
+    if state(staging) == MOVING_IN:
         with opened_folder(staging, NEW) as new:
             for name in _names(new):
                 _move(new, root, name, staging, aside=root)
             _take_over_attributes(new, root)
             os.fsync(new)
         os.fsync(root)
-        _set_state(staging, _SWITCHED)
+        _set_state(staging, SWITCHED)
 
 
 def _move_out(root: int, staging: int) -> None:
@@ -259,8 +293,7 @@ def _locked_staging(root: Path, restore_id: str) -> Iterator[tuple[int, int | No
     with opened_root(root) as descriptor, contextlib.ExitStack() as stack:
         try:
             staging = stack.enter_context(opened_folder(descriptor, staging_name(restore_id)))
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            lock = os.open(LOCK, flags, 0o600, dir_fd=staging)
+            lock = os.open(LOCK, LOCK_FLAGS, 0o600, dir_fd=staging)
         except FileNotFoundError:
             yield descriptor, None
             return
@@ -284,21 +317,19 @@ def _has(folder: int, name: bytes) -> bool:
     return True
 
 
-def _state(staging: int) -> bytes | None:
-    try:
-        return os.fsencode(os.readlink(STATE, dir_fd=staging))
-    except FileNotFoundError:
-        return None
-
-
-def _set_state(staging: int, state: bytes) -> None:
-    _put_text(staging, STATE, state)
-    os.fsync(staging)
-
-
-def _set_times(root: int, staging: int) -> None:
-    """Note the time that the root gets with the staged entries, and the one that it has with the live ones."""
+def _prepare(root: int, staging: int) -> None:
+    """Make all that a switch needs: its folders, its states, and the times of the root with the staged and the live entries."""
+    for name in (OLD, MET):
+        with opened_folder(staging, name, make=True):
+            pass
+    for reached in (MOVING_OUT, MOVING_IN, SWITCHED):
+        _put_text(staging, reached, reached)
     _put_text(staging, TIME, b"%d %d" % (os.stat(NEW, dir_fd=staging).st_mtime_ns, os.fstat(root).st_mtime_ns))
+
+
+def _set_state(staging: int, reached: bytes) -> None:
+    os.replace(reached, STATE, src_dir_fd=staging, dst_dir_fd=staging)
+    os.fsync(staging)
 
 
 def _times(staging: int) -> tuple[int, int]:

@@ -11,12 +11,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from athena_backup.errors import DamagedError
+from athena_backup.errors import DamagedError, FinalError
 
 BLOCK_BYTES = 512
 END = b"\0" * (2 * BLOCK_BYTES)
 EXTENDED_LIMIT_BYTES = 16 << 20
-"""The largest extended header that is read: xattrs are at most 64 KiB each (xattr(7)), names 4 KiB."""
+"""The largest extended header that is written or read: xattrs are at most 64 KiB each (xattr(7)), names 4 KiB."""
 
 SEGMENT_LIMIT = 1 << 20
 """The most pieces of data that the map of a sparse file has; behind them its holes are written as zeros."""
@@ -120,6 +120,12 @@ def header(member: Member) -> bytes:
         else:
             records[_XATTR + _escaped(attribute)] = value
     body = b"".join(_record(key, value) for key, value in records.items())
+    if len(body) > EXTENDED_LIMIT_BYTES:
+        raise FinalError(
+            f"the extended attributes of {member.name.decode('utf-8', 'backslashreplace')} have more than"
+            f" {EXTENDED_LIMIT_BYTES >> 20} MiB, which no restore would read",
+            next_step="remove those that nobody needs",
+        )
     extended = _ustar(b"./PaxHeaders/x", _EXTENDED, 0o644, 0, 0, len(body), 0) + body + padding(len(body))
     seconds = max(0, min(member.mtime_ns // 1_000_000_000, _OCTAL_11))
     return extended + _ustar(

@@ -25,7 +25,7 @@ from athena_backup.volume_pax import (
     read_member,
     read_records,
 )
-from athena_backup.volume_walk import DEPTH_LIMIT, STAGING_PREFIX
+from athena_backup.volume_walk import PATH_LIMIT_SEGMENTS, STAGING_PREFIX
 
 Content = Iterator[tuple[int, bytes]]
 """The pieces of a member's content with their offsets; holes of a sparse file are left out."""
@@ -68,7 +68,11 @@ def checked_path(name: bytes) -> bytes:
     if name in (b".", b"./"):
         return b""
     segments = name.split(b"/")
-    if len(segments) > DEPTH_LIMIT + 2 or b"\0" in name or any(segment in (b"", b".", b"..") for segment in segments):
+    if (
+        len(segments) > PATH_LIMIT_SEGMENTS
+        or b"\0" in name
+        or any(segment in (b"", b".", b"..") for segment in segments)
+    ):
         raise FinalError(
             f"the archive holds the name {shown(name[:1_000])!r}, which could lead out of the volume", next_step=_ADVICE
         )
@@ -115,7 +119,7 @@ class _Archive:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._chunk = memoryview(b"")
-        """What is left of the chunk that was read last; never copied as a whole, for one of zeros may be 128 MiB."""
+        """What is left of the chunk that was read last; never copied as a whole, for one of zeros may be 32 MiB."""
         self._pending = 0
         """Bytes of the present member's content and padding that nobody has read yet."""
 

@@ -11,13 +11,19 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
 from athena_backup.volume_walk import STAGING_PREFIX
 
 NEW, OLD, MET, LOCK, STATE, TIME = b"new", b"old", b"met", b"lock", b"state", b"time"
+MOVING_OUT, MOVING_IN, SWITCHED = b"moving out", b"moving in", b"switched"
+"""The states of a switch; `volume_exchange` tells what each means."""
+LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESTORE_ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_AGAIN_LIMIT = 1_000
+"""How often a folder that is filled anew while it is removed is emptied again."""
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -39,6 +45,29 @@ def leftovers(root: Path) -> list[str]:
             return []
     found_ids = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return sorted(found_id for found_id in found_ids if _RESTORE_ID.fullmatch(found_id))
+
+
+def state(staging: int) -> bytes | None:
+    """How far the switch of an open staging place is; None where it was not begun."""
+    try:
+        return os.fsencode(os.readlink(STATE, dir_fd=staging))
+    except FileNotFoundError:
+        return None
+
+
+def half_switched(root: Path) -> list[str]:
+    """The ids of restores whose switch of this volume was begun and not ended: what is live is neither old nor new."""
+    half = []
+    with told(root):
+        for restore_id in leftovers(root):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                opened_root(root) as descriptor,
+                opened_folder(descriptor, staging_name(restore_id)) as staging,
+            ):
+                if state(staging) in (MOVING_OUT, MOVING_IN):
+                    half.append(restore_id)
+    return half
 
 
 @contextlib.contextmanager
@@ -70,6 +99,8 @@ def made_staging(root: Path, restore_id: str) -> Iterator[int]:
     with opened_root(root) as descriptor:
         before = os.fstat(descriptor)
         with opened_folder(descriptor, staging_name(restore_id), make=True) as staging:
+            # Made now: where the staging fills the last inode, it can only be removed under a lock that is there already.
+            os.close(os.open(LOCK, LOCK_FLAGS, 0o600, dir_fd=staging))
             os.utime(descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))
             os.fsync(descriptor)
             yield staging
@@ -87,35 +118,62 @@ def remove_staging(root: int, name: bytes, root_mtime_ns: int) -> None:
     os.fsync(root)
 
 
+@dataclass
+class _Level:
+    """An open folder that is being emptied, its name in the one above, and the folders in it that are still to go."""
+
+    descriptor: int
+    name: bytes
+    below: list[bytes]
+
+
 def _empty(folder: int, keep: tuple[bytes, ...] = ()) -> None:
-    """Remove everything in an open folder, by descriptors, following nothing, without recursion's limit on depth."""
-    open_folders: list[tuple[int, bytes]] = [(folder, b"")]
+    """Remove everything in an open folder, by descriptors, following nothing, without recursion's limit on depth.
+
+    Every folder is listed once: listed again for each folder in it, one with 100,000 of them would take hours.
+    """
+    levels = [_Level(folder, b"", _remove_files(folder, keep))]
+    again = 0
     try:
-        while open_folders:
-            current, name = open_folders[-1]
-            below = _remove_files(current, keep if current == folder else ())
-            if below is not None:
-                open_folders.append((_open_for_removal(current, below), below))
+        while levels:
+            level = levels[-1]
+            if level.below:
+                name = level.below.pop()
+                with contextlib.suppress(FileNotFoundError):
+                    descriptor = _open_for_removal(level.descriptor, name)
+                    levels.append(_Level(descriptor, name, []))
+                    levels[-1].below = _remove_files(descriptor)
                 continue
-            open_folders.pop()
-            if open_folders:
-                os.close(current)
-                os.rmdir(name, dir_fd=open_folders[-1][0])
+            levels.pop()
+            if not levels:
+                return
+            os.close(level.descriptor)
+            try:
+                os.rmdir(level.name, dir_fd=levels[-1].descriptor)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                # Whoever works in a replaced folder goes on making files in it (and removing them) while it is removed.
+                again += 1
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or again > _AGAIN_LIMIT:
+                    raise
+                levels[-1].below.append(level.name)
     finally:
-        for descriptor, _ in open_folders[1:]:
-            os.close(descriptor)
+        for level in levels[1:]:
+            os.close(level.descriptor)
 
 
-def _remove_files(folder: int, keep: tuple[bytes, ...]) -> bytes | None:
-    """Remove what is no folder in an open folder; the name of a folder in it, None if there is none."""
-    below = None
+def _remove_files(folder: int, keep: tuple[bytes, ...] = ()) -> list[bytes]:
+    """Remove what is no folder in an open folder; the names of the folders in it."""
+    below = []
     for name in map(os.fsencode, os.listdir(folder)):
         if name in keep:
             continue
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            below = name
-        else:
-            os.unlink(name, dir_fd=folder)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                below.append(name)
+            else:
+                os.unlink(name, dir_fd=folder)
     return below
 
 

@@ -14,12 +14,24 @@ from pathlib import Path
 from athena_backup import volume_git
 from athena_backup.errors import FinalError
 from athena_backup.operation import Operation
-from athena_backup.volume_entry import DIRECTORY_FLAGS, GONE, LOOKS, Entry, is_same, open_quietly, reading, shown
+from athena_backup.volume_entry import (
+    DIRECTORY_FLAGS,
+    GONE,
+    LOOKS,
+    Entry,
+    is_same,
+    mount_of,
+    open_quietly,
+    reading,
+    shown,
+)
 
 STAGING_PREFIX = b".athena-"
 """Names at the root of a volume that are ours; never backed up."""
 DEPTH_LIMIT = 250
 """Folders within folders; each holds a descriptor open while what is below it is read."""
+PATH_LIMIT_SEGMENTS = DEPTH_LIMIT + 4
+"""Of any path that the walk gives: git's order goes down to `objects/info/commit-graphs/*` without counting."""
 
 
 @dataclass
@@ -100,7 +112,7 @@ class Walk:
             return
         status, inner = found
         if inner is None:
-            if status.st_dev != self.device:
+            if self._is_mounted(folder, own, name, status):
                 # A mount point, of a file or of a folder: it stands in the archive as an empty folder, or not at all.
                 self.other_file_systems.append(shown(own))
                 if stat.S_ISDIR(status.st_mode):
@@ -116,6 +128,18 @@ class Walk:
             yield Entry(own, status, folder, inner)
         finally:
             os.close(inner)
+
+    def _is_mounted(self, folder: int, path: bytes, name: bytes, status: os.stat_result) -> bool:
+        """Whether an entry is another file system's; its number alone says so of folders only."""
+        if status.st_dev == self.device or stat.S_ISDIR(status.st_mode):
+            return status.st_dev != self.device
+        with reading(path):
+            try:
+                return mount_of(name, folder) != mount_of(b".", folder)
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+                return False  # whoever reads it finds that it is gone
 
     def look(self, folder: int, path: bytes, name: bytes) -> tuple[os.stat_result, int | None] | None:
         """The status of an entry and, for a folder of this file system, a descriptor of it; None if it is gone."""

@@ -63,10 +63,8 @@ def open_local(place: str, memory: Path) -> "LocalStore":
     LocalStore(place).check_root()
     found = store_id(root)
     if remembered is not None and found != remembered:
-        what = "carries no store id" if found is None else "carries the id of another store"
-        raise FinalError(
-            f"the store's directory {root} {what}: is the right volume mounted there?",
-            next_step=f"mount it; if the store is meant to be a new one, run `athena-backup init` (it updates {memory})",
+        raise _not_mounted(
+            root, found, f"; if the store is meant to be a new one, run `athena-backup init` (it updates {memory})"
         )
     if found is None:
         if any(name for name in os.listdir(root) if name != "lost+found"):
@@ -77,7 +75,14 @@ def open_local(place: str, memory: Path) -> "LocalStore":
         found = initialize(root)
     if remembered is None:
         remember(place, found, memory)
-    return LocalStore(place)
+    return LocalStore(place, found)
+
+
+def _not_mounted(root: Path, found: str | None, otherwise: str = "") -> FinalError:
+    what = "carries no store id" if found is None else "carries the id of another store"
+    return FinalError(
+        f"the store's directory {root} {what}: is the right volume mounted there?", next_step=f"mount it{otherwise}"
+    )
 
 
 def remember(place: str, identifier: str, memory: Path) -> None:
@@ -104,10 +109,15 @@ def _remembered(memory: Path) -> dict[str, str]:
 class LocalStore:
     """A `Store` in a directory. Files are made readable for their owner only: a set holds everybody's secrets."""
 
-    def __init__(self, place: str) -> None:
-        """``place``: the directory as the configuration writes it; it has to exist when the store is used."""
+    def __init__(self, place: str, identifier: str | None = None) -> None:
+        """``place``: the directory as the configuration writes it; it has to exist when the store is used.
+
+        With ``identifier`` every call looks whether the directory still carries that id: unmounted in the middle of a backup
+        it would be written on into the file system below, and what is read there would be listed as whole.
+        """
         self._location = StoreLocation("local", place)
         self._root = Path(place)
+        self._identifier = identifier
 
     def __repr__(self) -> str:
         return f"LocalStore({self._location.place!r})"
@@ -287,7 +297,14 @@ class LocalStore:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
-        os.fsync(folder)
+        try:
+            os.fsync(folder)
+        except OSError:
+            # A name that may be gone after a crash must not be found by whoever settles the outcome by reading.
+            if not replace:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=folder)
+            raise
         return True
 
     @contextlib.contextmanager
@@ -302,6 +319,10 @@ class LocalStore:
         except OSError as error:
             raise _translated(error, str(self._root)) from error
         try:
+            if self._identifier is not None:
+                found = _marker(descriptor)
+                if found != self._identifier:
+                    raise _not_mounted(self._root, found)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -355,6 +376,18 @@ class LocalStore:
             yield
         except OSError as error:
             raise _translated(error, f"{self._root}/{key}") from error
+
+
+def _marker(root: int) -> str | None:
+    """The id in an open directory; None where it carries none."""
+    try:
+        file = os.open(MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(file, 100).decode("ascii", "replace").strip() or None
+    finally:
+        os.close(file)
 
 
 def _entry(key: str, status: os.stat_result) -> Entry:

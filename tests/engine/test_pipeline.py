@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.manifest import Part
 from athena_backup.operation import Operation
-from athena_backup.pipeline import Source, read_part, read_stream, write_stream
+from athena_backup.pipeline import PIECE_LIMIT_BYTES, Source, read_part, read_stream, write_stream
 from athena_backup.store.local import LocalStore
 
 
@@ -71,6 +71,13 @@ def test_a_source_that_fails_at_its_end_leaves_no_part(local_store: LocalStore) 
     with pytest.raises(FinalError, match="exit code 1"):
         write_stream(Source("asp", dying), local_store, lambda number: f"set/{number}", Operation())
     assert list(local_store.entries("")) == []
+
+
+def test_bytes_that_compress_to_nothing_come_back_in_pieces_that_fit_into_memory(local_store: LocalStore) -> None:
+    parts = write(local_store, *(bytes(1 << 20) for _ in range(300)))
+    sizes = [len(raw) for part in parts for raw in read_part(part, local_store, Operation())]
+    assert sum(sizes) == 300 << 20
+    assert max(sizes) <= PIECE_LIMIT_BYTES == 32 << 20
 
 
 def test_a_cancelled_operation_stops_in_the_middle_of_a_stream(local_store: LocalStore) -> None:

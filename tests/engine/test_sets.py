@@ -1,5 +1,6 @@
 """How a set is closed, listed and deleted: what is listed as Success is whole, anything less is a failed set."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -85,6 +86,19 @@ def test_a_part_that_is_gone_or_short_fails_the_set(local_store: LocalStore) -> 
     assert component.parts[0].key in outcome.status
 
 
+def test_a_component_without_parts_or_with_those_of_another_set_fails_the_set(local_store: LocalStore) -> None:
+    component = written(local_store)
+    key = component_folder(SET, "volume", "gitserver", component.attempt) + "component.json"
+    foreign = component.parts[0].model_copy(update={"key": "app/2020-01-01t00-00-00/x"})
+    local_store.put(foreign.key, b"x")
+    for parts, cause in (((), "the store lacks every part"), ((foreign,), "outside of its folder")):
+        stream = component.streams[0].model_copy(update={"parts": parts})
+        local_store.put(key, to_json(component.model_copy(update={"streams": (stream,)})))
+        outcome = close(local_store, GITSERVER)
+        assert isinstance(outcome, Failure)
+        assert cause in outcome.status
+
+
 def test_a_retry_that_succeeds_closes_the_set_of_an_earlier_failure(local_store: LocalStore) -> None:
     fault = FinalError("the disk was full").fault(component="gitserver", step="archiving")
     put_failed_component(local_store, SET, GITSERVER, "run", NOW, fault)
@@ -112,28 +126,29 @@ def test_a_fault_keeps_a_set_from_success_even_if_every_part_is_there(local_stor
     assert isinstance(close_set(local_store, SET, [GITSERVER], [fault], run_id="run", began=NOW), Failure)
 
 
+def server(number: int, second: int) -> Server:
+    return Server(
+        number=number, host="h", port=1, version=180000, system_identifier="1", in_recovery=False,
+        consistent_at=NOW + timedelta(seconds=second), exact=True, spread_seconds=0,
+    )  # fmt: skip
+
+
 def test_databases_that_were_read_under_different_cuts_are_no_set(local_store: LocalStore) -> None:
     asp, gogs = Expected("asp", "database"), Expected("gogs", "database")
-
-    def server(second: int) -> Server:
-        at = NOW + timedelta(seconds=second)
-        return Server(
-            number=0,
-            host="h",
-            port=1,
-            version=180000,
-            system_identifier="1",
-            in_recovery=False,
-            consistent_at=at,
-            exact=True,
-            spread_seconds=0,
-        )
-
-    written(local_store, asp, server=server(0))
-    written(local_store, gogs, server=server(1))
+    written(local_store, asp, server=server(0, 0))
+    written(local_store, gogs, server=server(0, 1))
     outcome = close(local_store, asp, gogs)
     assert isinstance(outcome, Failure)
     assert "different instants" in outcome.status
+
+
+def test_the_manifest_holds_the_time_between_the_instants_of_several_servers(local_store: LocalStore) -> None:
+    asp, gogs = Expected("asp", "database"), Expected("gogs", "database")
+    written(local_store, asp, server=server(0, 0))
+    written(local_store, gogs, server=server(1, 3))
+    outcome = close(local_store, asp, gogs)
+    assert isinstance(outcome, Manifest)
+    assert outcome.spread_seconds == 3
 
 
 def test_nothing_configured_is_a_failed_set_and_not_an_empty_success(local_store: LocalStore) -> None:
@@ -217,6 +232,44 @@ class TestCatalog:
         (entry,) = list_sets(local_store, "app")
         assert entry.state is SetState.FAILED
         assert "damaged" in entry.status
+
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            (("timestamp",), "nonsense"),
+            (("namespace",), "../x"),
+            (("schema_version",), "9" * 5_000 + ".0"),
+            (("began",), "2026-11-23T12:00:00"),
+            (("components", 0, "streams", 0, "parts", 0, "key"), "../../etc/shadow"),
+            (("components", 0, "streams", 0, "parts", 0, "key"), "app/2020-01-01t00-00-00/volumes/x/0000"),
+            (("components", 0, "streams"), []),
+            (("components", 0, "state"), "failed"),
+            (("components", 1, "name"), "gitserver"),
+        ],
+    )
+    def test_a_manifest_that_cannot_be_true_is_no_success_and_breaks_no_list(
+        self, local_store: LocalStore, where: tuple[str | int, ...], value: object
+    ) -> None:
+        written(local_store, GITSERVER)
+        written(local_store, EDWEB)
+        close(local_store, GITSERVER, EDWEB)
+        document = json.loads(read_document(local_store, SET.prefix + MANIFEST))
+        place = document
+        for step in where[:-1]:
+            place = place[step]
+        place[where[-1]] = value
+        local_store.put(SET.prefix + MANIFEST, json.dumps(document).encode())
+        [entry] = list_sets(local_store, "app")
+        assert entry.state is SetState.FAILED
+        assert "is not a document of ours" in entry.status
+
+    def test_a_failure_with_instants_that_cannot_be_compared_breaks_no_list(self, local_store: LocalStore) -> None:
+        faults = [FinalError("x").fault(at=NOW), FinalError("y").fault(at=NOW)]
+        document = json.loads(to_json(close_set(local_store, SET, [], faults, run_id="run", began=NOW)))
+        document["faults"][0]["at"] = "2026-11-23T12:00:00"
+        local_store.put(SET.prefix + FAILURE, json.dumps(document).encode())
+        [entry] = list_sets(local_store, "app")
+        assert entry.state is SetState.FAILED
 
     def test_a_manifest_that_was_copied_under_another_timestamp_is_no_success(self, local_store: LocalStore) -> None:
         written(local_store)

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError
+from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError, UnavailableError
 from athena_backup.store import Store, read_document
 from athena_backup.store.local import MARKER, LocalStore, initialize, open_local, store_id
 
@@ -162,6 +163,22 @@ class TestLocal:
         monkeypatch.undo()
         assert local_store.head("part") is None
 
+    def test_an_error_of_syncing_the_folder_discards_the_object(
+        self, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        local_store.put("app/old", b"old")
+        real = os.fsync
+
+        def failing(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EIO, "Input/output error")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(UnavailableError, match="Input/output error"):
+            local_store.put("app/new", b"new", if_absent=True)
+        assert [entry.key for entry in local_store.entries("")] == ["app/old"]
+
     def test_a_file_and_its_new_folders_are_synced_before_the_write_returns(
         self, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -216,6 +233,25 @@ class TestMarker:
         root.mkdir()
         with pytest.raises(FinalError, match="carries no store id"):
             open_local(str(root), memory)
+        assert list(root.iterdir()) == []
+
+    def test_a_mount_that_goes_away_in_the_middle_is_neither_written_below_nor_read(self, tmp_path: Path) -> None:
+        root = tmp_path / "backup"
+        root.mkdir()
+        store = open_local(str(root), tmp_path / "stores.json")
+        store.put("app/before", b"1")
+        root.rename(tmp_path / "unmounted")
+        root.mkdir()
+        for call in (
+            lambda: store.put("app/after", b"2"),
+            lambda: store.write("app/part", [b"2"]),
+            lambda: store.head("app/before"),
+            lambda: list(store.entries("")),
+            lambda: list(store.folders("")),
+            lambda: store.delete(["app/before"]),
+        ):
+            with pytest.raises(FinalError, match="carries no store id"):
+                call()
         assert list(root.iterdir()) == []
 
     def test_another_volume_in_its_place_is_noticed(self, tmp_path: Path) -> None:

@@ -366,7 +366,12 @@ def test_an_inode_that_was_given_to_another_file_is_no_hard_link(
             (root / "b").write_text("other content")
 
     monkeypatch.setattr(volume_archive._Archive, "_file", rewriting)
-    component = back_up(root, local_store)
+    with pytest.raises(FinalError, match="changed or vanished while they were read: b"):
+        back_up(root, local_store)
+    (root / "b").write_text("first")
+    component = back_up(root, local_store, torn_limit=1)
+    assert component.volume is not None
+    assert component.volume.torn == ("b",)
     target = restored(component, local_store, tmp_path / "new")
     assert (target / "a").read_text() == "first"
     assert (target / "b").read_text() == "other content"

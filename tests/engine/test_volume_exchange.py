@@ -223,7 +223,7 @@ def test_a_begun_switch_is_never_discarded(
 ) -> None:
     staged(component, local_store, live)
     with monkeypatch.context() as patch:
-        killing(patch, 12, after=True)
+        killing(patch, 16, after=True)
         with pytest.raises(Killed):
             switch_volume(live, RESTORE_ID, Operation())
     with pytest.raises(FinalError, match="has begun and not ended"):
@@ -417,7 +417,7 @@ class TestPreflight:
             switch_volume(live, RESTORE_ID, Operation())
         after = picture(live)
         assert after.pop(STAGING)[0] == before.pop(STAGING)[0]  # the probe touched its time
-        assert {name: one for name, one in after.items() if not name.endswith("/lock")} == before
+        assert after == before
 
     @pytest.mark.skipif(not AS_ROOT or not shutil.which("unshare"), reason="only root may mount")
     def test_a_root_that_may_not_be_written_is_a_fault(self, component: Component, live: Path) -> None:

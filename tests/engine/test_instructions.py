@@ -1,0 +1,181 @@
+"""RESTORE.md by itself: its commands, run by bash with stock tools, bring back what a set holds, and nothing of ours helps."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from athena_backup.backup import Expected, close_set, put_component
+from athena_backup.manifest import INSTRUCTIONS, Manifest, Stream, component_folder
+from athena_backup.names import SetId, new_attempt
+from athena_backup.operation import Operation
+from athena_backup.pipeline import Source, read_stream, write_stream
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.sessions import Database, run_sql, session
+from athena_backup.store import read_document
+from athena_backup.store.local import LocalStore
+from athena_backup.volume_archive import Volume, write_volume
+from athena_backup.volume_pax import DIRECTORY, END
+from athena_backup.volume_read import _Archive, verify_volume
+
+SET = SetId.parse("app/2023-02-02t16-00-00", "app")
+NOW = datetime(2023, 2, 2, 16, tzinfo=UTC)
+# Stands in for the `zstd` program where the machine has none: the same frames, read by the same library.
+_ZSTD = f"""#!{sys.executable}
+import shutil, sys, zstandard
+assert sys.argv[1:] == ["-dc"]
+reader = zstandard.ZstdDecompressor().stream_reader(sys.stdin.buffer, read_across_frames=True)
+shutil.copyfileobj(reader, sys.stdout.buffer)
+"""
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> str:
+    """A PATH on which every stock tool is found."""
+    place = tmp_path / "tools"
+    place.mkdir()
+    if shutil.which("zstd") is None:
+        (place / "zstd").write_text(_ZSTD)
+        (place / "zstd").chmod(0o755)
+    return f"{place}:{binaries()}:{os.environ['PATH']}"
+
+
+def followed(store: LocalStore, tools: str, environment: dict[str, str], volumes: dict[str, Path]) -> None:
+    """Do what the set's RESTORE.md says, in its folder, in one bash; ``volumes``: what a person would fill in."""
+    text = read_document(store, SET.prefix + INSTRUCTIONS).decode()
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    for name, directory in volumes.items():
+        script, count = re.subn(rf"target=/the/directory/of/{name} .*", f"target='{directory}'", script)
+        assert count == 1
+    ended = subprocess.run(
+        ["bash", "-c", script], cwd=Path(store.location.place) / SET.prefix, capture_output=True, text=True,
+        env={"PATH": tools, "LC_ALL": "C.UTF-8", **environment},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+
+
+def seen(root: Path) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for path in [root, *root.rglob("*")]:
+        status = path.lstat()
+        content: object = path.read_bytes() if stat.S_ISREG(status.st_mode) else None
+        content = os.readlink(path) if path.is_symlink() else content
+        attributes = {
+            name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)
+        }
+        found[str(path.relative_to(root))] = (
+            status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_nlink, content, attributes,
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="RESTORE.md says: as root")
+def test_a_volume_of_three_archives_of_three_parts_each_is_restored_by_restore_md_alone(
+    tmp_path: Path, local_store: LocalStore, tools: str
+) -> None:
+    root = tmp_path / "volume"
+    for number in range(3):
+        (root / f"folder-{number}" / "inner").mkdir(parents=True)
+        (root / f"folder-{number}" / "large").write_bytes(os.urandom(2 << 20))
+        os.link(
+            root / f"folder-{number}" / "large", root / f"folder-{number}" / "inner" / "name with\nodd ä\udcff'\"$x"
+        )
+        (root / f"folder-{number}" / "link").symlink_to("../nowhere")
+        os.chown(root / f"folder-{number}" / "large", 1234, 2_500_000)
+        (root / f"folder-{number}" / "large").chmod(0o4750)
+        os.setxattr(root / f"folder-{number}" / "inner", "user.a", b"\0\xff")
+        os.utime(root / f"folder-{number}" / "inner", ns=(1, 1_600_000_000_123_456_789))
+        os.utime(root / f"folder-{number}", ns=(1, 1_500_000_000_000_000_001 + number))
+    root.chmod(0o2755)
+    os.utime(root, ns=(1, 1_400_000_000_000_000_009))
+    whole = write_volume(Volume("gitserver", root), local_store, SET, "run", Operation())
+    raw = b"".join(read_stream("gitserver", whole.parts, local_store, Operation()))
+    # The writer makes one archive; cut at the folders' ends it is what the format allows: several, directories in the last.
+    attempt = new_attempt()
+    folder = component_folder(SET, "volume", "gitserver", attempt)
+    pieces = cut_at_folders(raw)
+    assert len(pieces) == 3
+    streams = []
+    for number, piece in enumerate(pieces):
+        name = f"{number:04}.tar.zst"
+        chunks = [piece[start : start + 50_000] for start in range(0, len(piece), 50_000)]
+        parts = write_stream(
+            Source("gitserver", lambda _, chunks=chunks: iter(chunks)), local_store,  # type: ignore[misc]
+            lambda part, name=name: f"{folder}{name}.{part:04}", Operation(), part_limit_bytes=600_000,  # type: ignore[misc]
+        )  # fmt: skip
+        assert len(parts) >= 3
+        streams.append(Stream(name=name, parts=parts))
+    component = whole.model_copy(update={"attempt": attempt, "streams": tuple(streams), "ended": datetime.now(UTC)})
+    verify_volume(component, local_store, Operation())
+    put_component(local_store, SET, component)
+    outcome = close_set(local_store, SET, [Expected("gitserver", "volume")], [], run_id="run", began=NOW)
+    assert isinstance(outcome, Manifest)
+    target = tmp_path / "target dir"
+    target.mkdir()
+    followed(local_store, tools, {}, {"gitserver": target})
+    assert seen(target) == seen(root)
+
+
+def cut_at_folders(raw: bytes) -> list[bytes]:
+    """One archive as three: each folder's files in one of their own, all directories in the last."""
+    pieces, folders, position = [b"", b"", b""], b"", 0
+    reader = _Archive(iter([raw]))
+    for member in reader.members():
+        before = position
+        for _ in reader.content(member):
+            pass
+        position = len(raw) - len(reader._chunk)
+        blocks = raw[before:position]
+        if member.type == DIRECTORY:
+            folders += blocks
+        else:
+            pieces[int(member.name.split(b"/")[0][-1:])] += blocks
+    pieces[-1] += folders
+    return [piece + END for piece in pieces]
+
+
+def test_a_database_is_restored_by_restore_md_alone(
+    postgres: EmbeddedServer, make_database: Callable[..., Database], local_store: LocalStore, tools: str
+) -> None:
+    name = 'it\'s "odd" ü'
+    database = make_database(
+        name,
+        "CREATE TABLE t AS SELECT i, repeat(md5(i::text), 20) AS v FROM generate_series(1, 5000) AS i;"
+        "ALTER TABLE t ADD PRIMARY KEY (i); SELECT lo_from_bytea(4711, 'large')",
+    )
+    with hold_cut([database], Operation()) as cut:
+        component = write_database(
+            database,
+            cut,
+            local_store,
+            SET,
+            "run",
+            Operation(),
+            client_directories=[binaries()],
+            part_limit_bytes=20_000,
+        )
+    assert len(component.parts) >= 3
+    put_component(local_store, SET, component)
+    outcome = close_set(local_store, SET, [Expected(database.name, "database")], [], run_id="run", began=NOW)
+    assert isinstance(outcome, Manifest)
+
+    def content() -> tuple[object, ...]:
+        with session(postgres.url(name)) as connection:
+            sums = run_sql(connection, "SELECT count(*), sum(hashtext(v)) FROM public.t").one()
+            return (*sums, run_sql(connection, "SELECT lo_get(4711)").scalar_one())
+
+    before = content()
+    with session(postgres.url()) as connection:
+        run_sql(connection, 'DROP DATABASE "it\'s ""odd"" ü" WITH (FORCE)')
+    server = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": "postgres"}
+    followed(local_store, tools, server, {})
+    assert content() == before
