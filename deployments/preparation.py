@@ -15,7 +15,7 @@ from athena_backup.errors import AthenaError
 from athena_backup.settings import Settings
 from blocks.keys import ApiKeys, load_hashes, make_key
 from blocks.stores import open_store
-from flows.recovery import has_leftovers
+from flows.recovery import half_switched_volumes
 from flows.requests import BackupRequest
 from flows.runs import (
     BACKUP,
@@ -68,8 +68,8 @@ def _version(client: SyncPrefectClient, name: str) -> str | None:
 
 
 def recover(settings: Settings) -> bool:
-    """Start a recovery if a killed restore left something in a volume of this machine; True once nothing is left."""
-    if not has_leftovers(settings):
+    """Start a recovery if a killed restore left a volume of this machine half-switched; True once none is."""
+    if not half_switched_volumes(settings):
         return True
     with get_client(sync_client=True) as client:
         start_recovery(client, settings.athena_namespace)

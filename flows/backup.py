@@ -78,7 +78,6 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 began=working.began,
                 only_databases=request.only_databases,
                 cancelled=working.operation.cancelled,
-                spread_seconds=working.cut.spread_seconds if working.cut else 0,
             )
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")

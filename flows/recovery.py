@@ -5,6 +5,7 @@ service sees a restore die or finds leftovers at its start, and first thing in e
 each volume that it reads. The slot is held meanwhile, so whatever is found belongs to nobody who lives.
 """
 
+import contextlib
 from typing import Any
 
 from prefect import flow
@@ -18,6 +19,7 @@ from athena_backup.postgres.staging import discard_staging
 from athena_backup.settings import Settings, load_settings
 from athena_backup.volume_archive import Volume
 from athena_backup.volume_exchange import leftovers, recover_volume
+from athena_backup.volume_staging import half_switched
 from flows.components import databases_of, volumes_of
 from flows.operating import SlotTakenError, Working, free_slot, operating, run_log, task_threads
 from flows.runs import RECOVER, SKIPPED, start_recovery
@@ -69,9 +71,17 @@ def recover_one_volume(volume: Volume) -> None:
         run_log().warning("volume %s: %s the killed restore %s left", volume.name, what, dead)
 
 
-def has_leftovers(settings: Settings) -> bool:
-    """Whether a killed restore left something in a volume; raises the volumes' errors."""
-    return any(leftovers(volume.directory) for volume in volumes_of(settings))
+def half_switched_volumes(settings: Settings) -> list[str]:
+    """The names of the volumes that a restore left neither wholly old nor wholly new.
+
+    One that can't be looked at is left out: whoever works on it says what is wrong with it.
+    """
+    found = []
+    for volume in volumes_of(settings):
+        with contextlib.suppress(AthenaError):
+            if half_switched(volume.directory):
+                found.append(volume.name)
+    return found
 
 
 def recover_after_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -31,7 +31,7 @@ from athena_backup.volume_exchange import (
 from flows.backup import RETRYING
 from flows.components import database_of, volume_of
 from flows.operating import SlotTakenError, Working, component_work, free_slot, operating, run_log, task_threads
-from flows.recovery import recover_after_crash, recover_from_the_dead
+from flows.recovery import half_switched_volumes, recover_after_crash, recover_from_the_dead
 from flows.requests import RestoreRequest
 from flows.runs import RESTORE, SKIPPED
 
@@ -69,7 +69,7 @@ def restore(request: RestoreRequest) -> State[Any]:
             report(manifest, chosen, switched, left_alone, working), description="Disaster-recovery report"
         )
     if faults or len(switched) < len(chosen):
-        return Failed(message=failure_text(faults, chosen, switched))
+        return Failed(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
     message = f"{working.set_id}: restored {' '.join(switched) or 'nothing'}"
     return Completed(message=message + (f"; left alone: {' '.join(left_alone)}" if left_alone else ""))
 
@@ -240,13 +240,18 @@ def component_of(name: str, working: Working) -> Component:
     return component
 
 
-def failure_text(faults: Sequence[Fault], chosen: Sequence[Component], switched: Sequence[str]) -> str:
+def failure_text(
+    faults: Sequence[Fault], chosen: Sequence[Component], switched: Sequence[str], half_switched: Sequence[str]
+) -> str:
     """What failed, and in which state every component is now."""
-    untouched = [component.name for component in chosen if component.name not in switched]
+    names = [component.name for component in chosen]
+    states = {
+        "restored": switched,
+        "neither wholly old nor wholly new": [name for name in names if name in half_switched],
+        "left as they were": [name for name in names if name not in switched and name not in half_switched],
+    }
     text = "; ".join(str(fault) for fault in faults) or "not every component was restored"
-    if switched:
-        text += f"; restored: {' '.join(switched)}"
-    return f"{text}; left as they were: {' '.join(untouched)}" if untouched else text
+    return "; ".join([text, *(f"{state}: {' '.join(found)}" for state, found in states.items() if found)])
 
 
 def report(

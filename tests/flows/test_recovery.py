@@ -94,7 +94,7 @@ def test_a_backup_never_reads_a_volume_that_is_half_switched(service: Service) -
     directory = volume(service)
     shutil.rmtree(directory)
     staging = directory / f".athena-{RESTORE}"
-    for name in ("new", "old"):
+    for name in ("new", "old", "met"):
         (staging / name).mkdir(parents=True)
     # As a kill between two renames of the second phase leaves it: one staged entry is in its place, one is not yet.
     (directory / "first").write_text("from the set")
@@ -102,6 +102,7 @@ def test_a_backup_never_reads_a_volume_that_is_half_switched(service: Service) -
     (staging / "old" / "live").write_text("replaced")
     (staging / "time").symlink_to("1700000000000000000 1700000000000000000")
     (staging / "state").symlink_to("moving in")
+    (staging / "switched").symlink_to("switched")
     timestamp, status = service.back_up()
     assert status == "Success"
     assert names(directory) == {"first", "second"}
