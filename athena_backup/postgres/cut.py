@@ -6,12 +6,10 @@ taken again until they are equal: then no transaction lies between them.
 """
 
 import contextlib
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 
 import psycopg
 import sqlalchemy
@@ -20,11 +18,10 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Server
 from athena_backup.operation import Operation
+from athena_backup.postgres.held import Held, lost_holder, ping, waiting_for
 from athena_backup.postgres.sessions import (
     Database,
-    ServerIdentity,
     cancelled_with,
-    identity,
     run_sql,
     session,
     translated,
@@ -44,66 +41,6 @@ _TABLES = text(
     " WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
     " AND n.nspname !~ '^pg_' ORDER BY c.oid"
 )
-
-
-class Held:
-    """One database of the cut: its exported snapshot, and the two sessions that keep it readable."""
-
-    def __init__(self, database: Database, locks: Connection, reader: Connection) -> None:
-        self.database = database
-        self.locks = locks
-        self.reader = reader
-        self.identity: ServerIdentity = identity(locks)
-        self.oid: int = locks.execute(
-            text(
-                "SELECT oid::bigint FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"
-            )
-        ).scalar_one()
-        self.locks_pid: int = locks.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
-        self.reader_pid: int = reader.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
-        self.snapshot = ""
-        self.taken_at: datetime | None = None
-        self.server: Server | None = None
-        self.lost: AthenaError | None = None
-        self.locks_lock = threading.Lock()
-        self.reader_lock = threading.Lock()
-        """psycopg's sessions are for one thread at a time; whoever reads through S holds this."""
-
-    def check(self) -> None:
-        """Raise if a holder was lost: nothing that is read from now on belongs to the cut."""
-        if self.lost is not None:
-            raise self.lost
-
-    def prove(self) -> None:
-        """Raise unless both holders answer at this moment: then all that was read under them until now is whole."""
-        self.check()
-        try:
-            with self.locks_lock:
-                _ping(self.locks)
-            with self.reader_lock:
-                _ping(self.reader)
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            self.lost = self.lost or _lost(error)
-        self.check()
-
-    def is_readable(self) -> bool:
-        """Whether the server sent something on an idle session of ours: it does so when it ends one."""
-        poll = select.poll()
-        for connection in (self.locks, self.reader):
-            driver = connection.connection.driver_connection
-            if not isinstance(driver, psycopg.Connection) or driver.closed:
-                return True
-            poll.register(driver.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
-
-    def waiting(self) -> list[str]:
-        """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them.
-
-        Empty where a lost holder can't be asked any more.
-        """
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
-            return [f"pid {pid} waits with {query!r}" for pid, query in _waiting(self)]
-        return []
 
 
 @dataclass
@@ -384,37 +321,24 @@ def _watch(all_held: Sequence[Held], ddl_wait_limit_seconds: float | None, stopp
                 if held.reader_lock.acquire(blocking=False):
                     try:
                         if is_time or held.is_readable():
-                            _ping(held.reader)
+                            ping(held.reader)
                             with held.locks_lock:
-                                _ping(held.locks)
+                                ping(held.locks)
                     finally:
                         held.reader_lock.release()
                 elif is_time:
                     with held.locks_lock:
-                        _ping(held.locks)
+                        ping(held.locks)
                 if ddl_wait_limit_seconds is not None:
                     _give_up_for_ddl(held, ddl_wait_limit_seconds, waiting_since)
             except sqlalchemy.exc.SQLAlchemyError as error:
-                held.lost = held.lost or _lost(error)
-
-
-def _ping(connection: Connection) -> None:
-    connection.execute(text("SELECT 1")).scalar_one()
-
-
-def _lost(error: sqlalchemy.exc.SQLAlchemyError) -> FinalError:
-    cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
-    return FinalError(
-        f"a session that held the snapshot was lost: {cause}",
-        next_step="find out who ended it; the next backup starts anew",
-        step="holding the snapshot",
-    )
+                held.lost = held.lost or lost_holder(error)
 
 
 def _give_up_for_ddl(held: Held, limit_seconds: float, waiting_since: dict[tuple[str, int], float]) -> None:
     # Timed here: an ordinary role sees neither statement nor times of others, and a wait's begin came with version 14.
     now, name = time.monotonic(), held.database.name
-    waiting = dict(_waiting(held))
+    waiting = dict(waiting_for(held))
     for key in [key for key in waiting_since if key[0] == name and key[1] not in waiting]:
         del waiting_since[key]
     late = [
@@ -432,15 +356,3 @@ def _give_up_for_ddl(held: Held, limit_seconds: float, waiting_since: dict[tuple
         with held.locks_lock, contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
             held.locks.execute(text("SELECT pg_catalog.pg_terminate_backend(:pid)"), {"pid": held.reader_pid})
             held.locks.invalidate()
-
-
-def _waiting(held: Held) -> list[tuple[int, str]]:
-    # pg_locks shows everybody's waiting; pg_stat_activity shows the statements of others to the privileged only.
-    statement = text(
-        "SELECT DISTINCT l.pid, coalesce(a.query, 'an unknown statement') FROM pg_catalog.pg_locks l"
-        " LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid"
-        " WHERE NOT l.granted AND :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid)) ORDER BY 1"
-    )
-    with held.locks_lock:
-        rows = held.locks.execute(statement, {"pid": held.locks_pid}).all()
-    return [(row[0], " ".join(row[1].split())[:200]) for row in rows]

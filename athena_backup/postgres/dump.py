@@ -19,8 +19,9 @@ from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.cut import Cut, Held
+from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import expected_bytes, read_facts, with_dump
+from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import Database, connection_string, libpq_environment
 from athena_backup.process import STDERR_LIMIT_LINES, Ended, running
 from athena_backup.store import Store

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
-from athena_backup.postgres.cut import Held
+from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
