@@ -18,7 +18,7 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Server
 from athena_backup.operation import Operation
-from athena_backup.postgres.held import Held, lost_holder, ping, waiting_for
+from athena_backup.postgres.held import Held, Table, lost_holder, ping, waiting_for
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
@@ -30,10 +30,13 @@ from athena_backup.postgres.sessions import (
 LOCK_TIMEOUT_SECONDS = 60.0
 SNAPSHOT_TRIES = 1_000
 """Under four writers flat out a try succeeds about one time in five (field notes), and takes a few milliseconds."""
-TABLE_TRIES = 5
+TABLE_TRIES = 50
+"""Under two sessions that make and drop tables flat out a try succeeds about one time in eight (tried)."""
 _PING_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 _LOCKS_PER_STATEMENT = 500
+# undefined_table and invalid_schema_name (manual, appendix A): dropped between our listing and our LOCK.
+_VANISHED = ("42P01", "3F000")
 
 _TABLES = text(
     "SELECT c.oid::bigint AS oid, c.relfilenode::bigint AS file, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
@@ -121,11 +124,17 @@ def _collect(opening: _Opening, database: Database, work: Callable[[], None]) ->
         opening.held.pop(database.name, None)
 
 
+def _collect_each(opening: _Opening, group: list[Held], work: Callable[[Held], None]) -> None:
+    """Do ``work`` for every database of the group; one whose work fails leaves the group as a fault."""
+    for held in group:
+        _collect(opening, held.database, lambda: work(held))  # noqa: B023 - called at once
+    group[:] = [held for held in group if held.database.name in opening.held]
+
+
 def _open(opening: _Opening, database: Database, lock_timeout_seconds: float, operation: Operation) -> None:
     held = Held(database, opening.stack.enter_context(_quiet(database)), opening.stack.enter_context(_quiet(database)))
     _refuse_pooler(held.locks)
-    with cancelled_with(held.locks, operation):
-        _lock_tables(held, lock_timeout_seconds)
+    _lock_tables(held, lock_timeout_seconds, operation)
     opening.held[database.name] = held
 
 
@@ -152,29 +161,45 @@ def _refuse_pooler(connection: Connection) -> None:
         )
 
 
-def _lock_tables(held: Held, lock_timeout_seconds: float) -> None:
+def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) -> None:
+    """Have L lock every table that it sees, in a new transaction, and keep what it saw; S's view is compared with that."""
     locks = held.locks
-    run_sql(locks, "BEGIN ISOLATION LEVEL READ COMMITTED")
-    run_sql(locks, f"SET LOCAL lock_timeout = {int(lock_timeout_seconds * 1000)}")
-    names = [row.name for row in locks.execute(_TABLES)]
-    try:
-        for start in range(0, len(names), _LOCKS_PER_STATEMENT):
-            _lock(locks, names[start : start + _LOCKS_PER_STATEMENT], "")
-    except sqlalchemy.exc.DBAPIError as error:
-        problem = translated(error)
-        if isinstance(problem, PassingError):
-            raise PassingError(
-                f"a table lock was not granted within {lock_timeout_seconds:.0f} s: {problem.cause}",
-                next_step="some session alters or truncates a table, or waits to: let it end",
-                step="locking the tables",
-            ) from error
-        raise
-    run_sql(locks, "SET LOCAL lock_timeout = 0")
+    for _ in range(TABLE_TRIES):
+        run_sql(locks, "ROLLBACK")
+        run_sql(locks, "BEGIN ISOLATION LEVEL READ COMMITTED")
+        run_sql(locks, f"SET LOCAL lock_timeout = {int(lock_timeout_seconds * 1000)}")
+        held.locked = _tables(locks)
+        try:
+            with cancelled_with(locks, operation):
+                _lock(locks, held.locked, "")
+        except sqlalchemy.exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) in _VANISHED:
+                continue
+            problem = translated(error)
+            if isinstance(problem, PassingError):
+                raise PassingError(
+                    f"a table lock was not granted within {lock_timeout_seconds:.0f} s: {problem.cause}",
+                    next_step="some session alters or truncates a table, or waits to: let it end",
+                    step="locking the tables",
+                ) from error
+            raise
+        run_sql(locks, "SET LOCAL lock_timeout = 0")
+        return
+    raise PassingError(
+        f"tables were dropped in each of {TABLE_TRIES} tries to lock them",
+        next_step="back up when fewer tables are made and dropped",
+        step="locking the tables",
+    )
 
 
-def _lock(connection: Connection, names: Sequence[str], how: str) -> None:
-    tables = ", ".join(f"ONLY {name}" for name in names)
-    run_sql(connection, f"LOCK TABLE {tables} IN ACCESS SHARE MODE {how}")
+def _tables(connection: Connection) -> list[Table]:
+    return [(row.oid, row.file, row.name) for row in connection.execute(_TABLES)]
+
+
+def _lock(connection: Connection, tables: Sequence[Table], how: str) -> None:
+    for start in range(0, len(tables), _LOCKS_PER_STATEMENT):
+        some = ", ".join(f"ONLY {name}" for _, _, name in tables[start : start + _LOCKS_PER_STATEMENT])
+        run_sql(connection, f"LOCK TABLE {some} IN ACCESS SHARE MODE {how}")
 
 
 def _refuse_twins(opening: _Opening) -> None:
@@ -212,13 +237,12 @@ def _take_snapshots(
         exact = False
         for _ in range(tries):
             operation.check()
-            for held in list(group):
-                _collect(opening, held.database, lambda: _begin_snapshot(held))  # noqa: B023
-            group[:] = [held for held in group if held.database.name in opening.held]
+            _collect_each(opening, group, _begin_snapshot)
+            # Nothing but the one statement that takes the snapshot stands between one database and the next.
+            _collect_each(opening, group, _take_snapshot)
             if not group:
                 return None
-            # Nothing but the one statement that takes the snapshot stands between one database and the next.
-            texts = {_take_snapshot(held) for held in group}
+            texts = {held.snapshot_text for held in group}
             agree = all(held.identity.same_server(group[0].identity) for held in group)
             if len(group) == 1 or (len(texts) == 1 and agree and not group[0].identity.in_recovery):
                 exact = True
@@ -230,13 +254,13 @@ def _take_snapshots(
                 group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases"
             )
             return None
-        moved = [held for held in group if not _tables_stand_still(held)]
-        if not moved:
+        _collect_each(opening, group, _look_at_tables)
+        moved = [held for held in group if not held.stands_still]
+        if group and not moved:
             return _describe(number, group, exact=exact)
         # A table was made or rewritten between L and S: lock again what there is now, and take new snapshots.
-        for held in moved:
-            run_sql(held.locks, "ROLLBACK")
-            _collect(opening, held.database, lambda: _lock_tables(held, lock_timeout_seconds))  # noqa: B023
+        _collect_each(opening, moved, lambda held: _lock_tables(held, lock_timeout_seconds, operation))
+        group[:] = [held for held in group if held.database.name in opening.held]
     _give_up(group, opening, f"tables were made or rewritten in each of {TABLE_TRIES} tries to take a snapshot")
     return None
 
@@ -255,33 +279,28 @@ def _begin_snapshot(held: Held) -> None:
     run_sql(held.reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
 
-def _take_snapshot(held: Held) -> str:
+def _take_snapshot(held: Held) -> None:
     row = run_sql(
         held.reader,
         "SELECT pg_catalog.pg_current_snapshot()::text AS snapshot, pg_catalog.clock_timestamp() AS taken_at",
     ).one()
-    held.taken_at = row.taken_at
-    snapshot: str = row.snapshot
-    return snapshot
+    held.snapshot_text, held.taken_at = row.snapshot, row.taken_at
 
 
-def _tables_stand_still(held: Held) -> bool:
-    """Whether S sees the very tables and files that L has locked; S then locks them too, without waiting."""
-    seen = [tuple(row) for row in held.reader.execute(_TABLES)]
-    now = [tuple(row) for row in held.locks.execute(_TABLES)]
-    if seen != now:
-        return False
+def _look_at_tables(held: Held) -> None:
+    """Find out whether S sees the very tables and files that L has locked; S then locks them too, without waiting."""
+    # What L sees by now is not enough: a table made after L's locking would be seen by both and locked by none.
+    held.stands_still = held.locked == _tables(held.reader) == _tables(held.locks)
+    if not held.stands_still:
+        return
     held.snapshot = held.reader.execute(text("SELECT pg_catalog.pg_export_snapshot()")).scalar_one()
-    names = [str(row[2]) for row in seen]
-    for start in range(0, len(names), _LOCKS_PER_STATEMENT):
-        try:
-            _lock(held.reader, names[start : start + _LOCKS_PER_STATEMENT], "NOWAIT")
-        except sqlalchemy.exc.DBAPIError as error:
-            # Somebody's DDL queued up in this very moment; L protects the data, and a new round starts over.
-            if isinstance(translated(error), PassingError):
-                return False
+    try:
+        _lock(held.reader, held.locked, "NOWAIT")
+    except sqlalchemy.exc.DBAPIError as error:
+        # Somebody's DDL queued up in this very moment; L protects the data, and a new round starts over.
+        if not isinstance(translated(error), PassingError):
             raise
-    return True
+        held.stands_still = False
 
 
 def _describe(number: int, group: Sequence[Held], *, exact: bool) -> Server:

@@ -16,6 +16,9 @@ from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Server
 from athena_backup.postgres.sessions import Database, ServerIdentity, identity, translated
 
+Table = tuple[int, int, str]
+"""A table as a holder sees it: OID, file node, quoted name."""
+
 
 class Held:
     """One database of the cut: its exported snapshot, and the two sessions that keep it readable."""
@@ -32,6 +35,9 @@ class Held:
         ).scalar_one()
         self.locks_pid: int = locks.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
         self.reader_pid: int = reader.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+        self.locked: list[Table] = []
+        self.snapshot_text = ""
+        self.stands_still = False
         self.snapshot = ""
         self.taken_at: datetime | None = None
         self.server: Server | None = None
