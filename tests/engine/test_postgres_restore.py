@@ -13,16 +13,25 @@ import pytest
 from sqlalchemy import URL, text
 
 from athena_backup.errors import AthenaError, DamagedError, FinalError
-from athena_backup.manifest import Component
+from athena_backup.manifest import Component, Setting
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
+from athena_backup.postgres import clients, embedded
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
-from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import database_oid, drop_database, side_name, switch_database
 from athena_backup.postgres.sessions import Database, libpq_environment, run_sql, session
-from athena_backup.postgres.staging import StagedDatabase, discard_staging, stage_database
+from athena_backup.postgres.staging import (
+    StagedDatabase,
+    discard_staging,
+    dress,
+    facts_of,
+    failed_only_to_set_transaction_timeout,
+    stage_database,
+)
+from athena_backup.process import Ended
 from athena_backup.store.local import LocalStore
 from deployments.demo_databases import build_databases, fingerprint_databases
 
@@ -119,6 +128,109 @@ def test_what_hangs_on_a_databases_oid_comes_back_though_the_oid_is_new(
         run_sql(connection, 'REVOKE ALL ON DATABASE "dressed: 100% ""odd""" FROM dressed_reader')
         run_sql(connection, 'ALTER ROLE dressed_reader IN DATABASE "dressed: 100% ""odd""" RESET ALL')
         run_sql(connection, "DROP ROLE dressed_reader")
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        (
+            "GRANT CREATE ON DATABASE granted TO passer WITH GRANT OPTION",
+            "SET ROLE passer",
+            "GRANT CREATE ON DATABASE granted TO receiver",
+        ),
+        ("REVOKE CREATE ON DATABASE granted FROM postgres",),
+        ("REVOKE ALL ON DATABASE granted FROM postgres, PUBLIC",),
+    ],
+    ids=["passed on", "owner without a right", "nobody"],
+)
+def test_rights_on_a_database_come_back_with_who_gave_them(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer, statements: tuple[str, ...]
+) -> None:
+    database = make_database("granted", "CREATE ROLE passer; CREATE ROLE receiver")
+    with session(postgres.url()) as connection:
+        for statement in statements:
+            run_sql(connection, statement)
+    acl = "SELECT datacl::text FROM pg_database WHERE datname = current_database()"
+    before = rows(database, acl)
+    restore(dump(database, local_store), database, local_store)
+    assert rows(database, acl) == before
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE granted")
+        run_sql(connection, "DROP ROLE passer, receiver")
+
+
+def test_settings_that_would_end_or_change_our_own_session_come_back_as_they_were(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    make_database("settled")
+    with session(postgres.url()) as connection:
+        for setting in (
+            "temp_tablespaces = pg_default, 'not there'",
+            "session_preload_libraries = 'auto_explain', 'pg_trgm'",
+            "search_path = ''",
+            "statement_timeout = 1",
+            "transaction_timeout = 1",
+            "idle_session_timeout = 1",
+            "role = pg_monitor",
+        ):
+            run_sql(connection, f"ALTER DATABASE settled SET {setting}")
+        settings = (
+            "SELECT unnest(setconfig) FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase"
+            " WHERE datname = 'settled' ORDER BY 1"
+        )
+        before = run_sql(connection, settings).all()
+        facts = facts_of(dump(make_database("plainer"), local_store))
+        staged = make_database("settled2")
+        made = tuple(
+            Setting(role=None, name=name, value=value) for name, _, value in (row[0].partition("=") for row in before)
+        )
+        with session(staged.url) as inside:
+            dress(inside, "settled2", facts.model_copy(update={"settings": made}))
+        assert run_sql(connection, settings.replace("'settled'", "'settled2'")).all() == before
+
+
+def test_a_dump_of_a_newer_client_restores_into_a_server_that_lacks_its_settings(
+    local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = Path("/usr/lib/postgresql/15/bin")
+    if not (older / "postgres").exists():
+        pytest.skip("no server older than 17 is installed here")
+    newer = binaries()
+    monkeypatch.setattr(embedded, "binaries", lambda: older)
+    monkeypatch.setattr(clients, "_INSTALLATIONS", ())
+    monkeypatch.setenv("PATH", str(newer))
+    with embedded_server(tmp_path / "data") as server:
+        database = Database("older", server.url("older"))
+        with session(server.url()) as connection:
+            run_sql(connection, "CREATE DATABASE older")
+        with session(database.url, {"search_path": "public"}) as connection:
+            run_sql(connection, "CREATE TABLE t AS SELECT generate_series(1, 10) AS i")
+        component = dump(database, local_store)
+        assert facts_of(component).dump_version.startswith("18.")
+        restore(component, database, local_store)
+        assert rows(database, "SELECT count(*) FROM public.t") == [(10,)]
+
+
+_UNKNOWN_SETTING = (
+    "pg_restore: while INITIALIZING:",
+    'pg_restore: error: could not execute query: ERROR:  unrecognized configuration parameter "transaction_timeout"',
+    "Command was: SET transaction_timeout = 0;",
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "expected"),
+    [
+        (1, (*_UNKNOWN_SETTING, "pg_restore: warning: errors ignored on restore: 1"), True),
+        (1, _UNKNOWN_SETTING, False),
+        (2, (*_UNKNOWN_SETTING, "pg_restore: warning: errors ignored on restore: 1"), False),
+        (1, (*_UNKNOWN_SETTING, "pg_restore: warning: errors ignored on restore: 2"), False),
+        (1, ("pg_restore: error: no", "pg_restore: warning: errors ignored on restore: 1"), False),
+        (1, (), False),
+    ],
+)
+def test_no_other_error_of_pg_restore_is_forgiven(code: int, said: tuple[str, ...], expected: bool) -> None:
+    assert failed_only_to_set_transaction_timeout(Ended("pg_restore", code, said)) is expected
 
 
 def test_a_database_that_was_dropped_is_made_again(
