@@ -52,6 +52,9 @@ _SESSION_SETTINGS = {
     "default_transaction_isolation": "read committed",
 }
 
+# The driver has no codec for these. The bytes of SQL_ASCII mean nothing: as LATIN1 each comes and goes as it is.
+_CLIENT_ENCODINGS = {"SQL_ASCII": "LATIN1", "EUC_TW": "UTF8"}
+
 
 @dataclass(frozen=True)
 class Database:
@@ -137,6 +140,7 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
             "application_name": APPLICATION_NAME,
+            "client_encoding": "UTF8",  # until the server's own is known; of SQL_ASCII the driver would make bytes
             "keepalives": 1,
             "keepalives_idle": 30,
             "keepalives_interval": 10,
@@ -148,7 +152,7 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
     try:
         with engine.connect() as connection:
             _apply(
-                connection, {**_SESSION_SETTINGS, "client_encoding": _server_encoding(connection), **(settings or {})}
+                connection, {**_SESSION_SETTINGS, "client_encoding": _client_encoding(connection), **(settings or {})}
             )
             yield connection
     except sqlalchemy.exc.DBAPIError as error:
@@ -157,10 +161,17 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
         engine.dispose()
 
 
-def _server_encoding(connection: Connection) -> str:
+def _client_encoding(connection: Connection) -> str:
     encoding: str = connection.execute(text("SELECT pg_catalog.current_setting('server_encoding')")).scalar_one()
-    # The driver can decode every server encoding but SQL_ASCII, whose bytes mean nothing; those come as they are.
-    return encoding
+    return _CLIENT_ENCODINGS.get(encoding, encoding)
+
+
+def codec(connection: Connection) -> str:
+    """The name of Python's codec for the bytes that ``connection`` sends and takes."""
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError("only sessions of psycopg have a codec")
+    return driver.info.encoding
 
 
 def _apply(connection: Connection, settings: Mapping[str, str]) -> None:

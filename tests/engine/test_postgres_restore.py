@@ -233,6 +233,42 @@ def test_no_other_error_of_pg_restore_is_forgiven(code: int, said: tuple[str, ..
     assert failed_only_to_set_transaction_timeout(Ended("pg_restore", code, said)) is expected
 
 
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "EUC_JP", "EUC_TW", "KOI8R"])
+def test_every_encoding_of_a_server_comes_back_with_its_names_and_bytes(
+    local_store: LocalStore, postgres: EmbeddedServer, encoding: str
+) -> None:
+    # In SQL_ASCII and LATIN1, a name and a value with a byte that is no UTF-8.
+    odd = b"\xe4" if encoding in ("SQL_ASCII", "LATIN1") else b"a"
+    with session(postgres.url()) as connection:
+        run_sql(
+            connection,
+            f"CREATE DATABASE encoded ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0",
+        )
+    target = Database("encoded", postgres.url("encoded"))
+
+    def read(sql: bytes) -> list[tuple[object, ...]]:
+        with psycopg.connect(target.url.set(query={"client_encoding": "SQL_ASCII"}).render_as_string(False)) as raw:
+            return raw.execute(sql).fetchall()
+
+    try:
+        with psycopg.connect(target.url.set(query={"client_encoding": "SQL_ASCII"}).render_as_string(False)) as raw:
+            raw.execute(b"CREATE TABLE \"t%s\" AS SELECT 'x%s'::text AS v" % (odd, odd))
+            raw.execute(b'CREATE SEQUENCE "s%s SEQUENCE SET "; SELECT setval(\'"s%s SEQUENCE SET "\', 7)' % (odd, odd))
+            raw.execute(b"COMMENT ON DATABASE encoded IS 'c%s'" % odd)
+        restore(dump(target, local_store), target, local_store)
+        assert read(b'SELECT v::bytea FROM "t%s"' % odd) == [(b"x" + odd,)]
+        assert read(b'SELECT last_value FROM "s%s SEQUENCE SET "' % odd) == [(7,)]
+        [(made, comment)] = read(
+            b"SELECT pg_encoding_to_char(encoding), shobj_description(oid, 'pg_database')::bytea FROM pg_database"
+            b" WHERE datname = current_database()"
+        )
+        assert (made, comment) == (encoding.encode(), b"c" + odd)
+    finally:
+        discard_staging(target)
+        with session(postgres.url()) as connection:
+            run_sql(connection, "DROP DATABASE encoded WITH (FORCE)")
+
+
 def test_a_database_that_was_dropped_is_made_again(
     make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
 ) -> None:
