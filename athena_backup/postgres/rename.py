@@ -9,7 +9,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +98,10 @@ def drop_database(connection: Connection, name: str, oid: int) -> None:
         return
     if found != oid:
         raise FinalError(f"database {name} has OID {found}, not {oid}: it is not the one that was made, and it is kept")
+    # What was a template before it was replaced still is one, and no template can be dropped.
+    is_template = text("SELECT datistemplate FROM pg_catalog.pg_database WHERE oid OPERATOR(pg_catalog.=) :oid")
+    if connection.execute(is_template, {"oid": oid}).scalar_one():
+        run_sql(connection, f"ALTER DATABASE {quoted(name)} IS_TEMPLATE false")
     run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
 
 
@@ -119,6 +123,27 @@ def _is_side_of(name: str, database: str, restore_id: str | None) -> bool:
     if restore_id is not None:
         return found.group(2) == _digits(database, restore_id)
     return len(database.encode()) < _AMBIGUOUS_FROM_BYTES or found.group(2).startswith(_hash(database))
+
+
+def subscriptions_of(connection: Connection, database: str) -> list[str]:
+    """The names of a database's subscriptions, as any role may read them from any database of the server."""
+    statement = text(
+        "SELECT s.subname FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d"
+        " ON d.oid OPERATOR(pg_catalog.=) s.subdbid WHERE d.datname OPERATOR(pg_catalog.=) :name ORDER BY 1"
+    )
+    return [str(name) for name in connection.execute(statement, {"name": database}).scalars()]
+
+
+def forget_subscriptions(url: URL, names: Sequence[str]) -> None:
+    """Drop the subscriptions of a side database, which could not be dropped with them, without a word to their publishers.
+
+    Their slots are not the side database's: it shares them with the one that it was restored from or replaced by.
+    """
+    with session(url) as inside:
+        for name in names:
+            run_sql(inside, f"ALTER SUBSCRIPTION {quoted(name)} DISABLE")
+            run_sql(inside, f"ALTER SUBSCRIPTION {quoted(name)} SET (slot_name = NONE)")
+            run_sql(inside, f"DROP SUBSCRIPTION {quoted(name)}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,15 @@ from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_stream
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.rename import database_oid, drop_database, maintenance_session, side_databases, side_name
+from athena_backup.postgres.rename import (
+    database_oid,
+    drop_database,
+    forget_subscriptions,
+    maintenance_session,
+    side_databases,
+    side_name,
+    subscriptions_of,
+)
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
@@ -74,10 +82,16 @@ def missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
 
 
 def create_staging(connection: Connection, facts: DatabaseFacts, target: Database, restore_id: str) -> None:
-    """Create the staging database and the roles that the destination lacks; a staging that exists already is kept."""
+    """Create the staging database and the roles that the destination lacks.
+
+    Raises `FinalError` if there is a database of that name: another component of this restore is the same database.
+    """
     name = side_name(target.database, "r", restore_id)
     if database_oid(connection, name) is not None:
-        return
+        raise FinalError(
+            f"{name} exists already: another component restores into database {target.database} too",
+            next_step="remove one of the two from ATHENA_DATABASES",
+        )
     create_missing_roles(connection, facts)
     run_sql(connection, f"CREATE DATABASE {quoted(name)} {_properties(connection, facts)}")
 
@@ -136,8 +150,9 @@ def stage_database(
     facts = facts_of(component)
     operation.expect(component.name, component.raw_size_bytes)
     with maintenance_session(target.url) as connection:
-        create_staging(connection, facts, target, restore_id)
         name = side_name(target.database, "r", restore_id)
+        if database_oid(connection, name) is None:  # preflight's was thrown away with a failed try
+            create_staging(connection, facts, target, restore_id)
         oid = database_oid(connection, name)
         server = connection.execute(text("SELECT pg_catalog.current_setting('server_version_num')::int")).scalar_one()
     if oid is None:
@@ -322,6 +337,9 @@ def discard_staging(target: Database, restore_id: str | None = None) -> list[str
     dropped = []
     with maintenance_session(target.url) as connection:
         for name, oid in side_databases(connection, target.database, restore_id).items():
+            subscriptions = subscriptions_of(connection, name)
+            if subscriptions:
+                forget_subscriptions(target.url.set(database=name), subscriptions)
             drop_database(connection, name, oid)
             dropped.append(name)
     return dropped

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import URL, text
 
-from athena_backup.errors import AthenaError, DamagedError, FinalError
+from athena_backup.errors import DamagedError, FinalError
 from athena_backup.manifest import Component, Setting
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
@@ -363,6 +363,34 @@ def test_names_at_the_limit_of_63_bytes_never_meet_the_live_one(
     assert rows(database, "SELECT i FROM public.t") == [(1,)]
 
 
+def test_a_replaced_database_that_was_a_template_is_dropped_like_any_other(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database("mould", "CREATE TABLE t AS SELECT 1 AS i")
+    with session(postgres.url()) as connection:
+        run_sql(connection, "ALTER DATABASE mould IS_TEMPLATE true")
+    component = dump(database, local_store)
+    staged = stage(component, database, local_store)
+    switch_database(database, staged.oid, RESTORE, "app", Operation())
+    assert discard_staging(database, RESTORE) == [side_name("mould", "b", RESTORE)]
+
+
+def test_a_subscription_comes_back_disabled_and_does_not_keep_its_staging_from_being_dropped(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("listening")
+    create = "CREATE SUBSCRIPTION far CONNECTION 'host=nowhere' PUBLICATION p WITH (connect = false, slot_name = 'far')"
+    with session(database.url) as connection:
+        run_sql(connection, create)
+        component = dump(database, local_store)
+        run_sql(connection, "ALTER SUBSCRIPTION far SET (slot_name = NONE)")
+        run_sql(connection, "DROP SUBSCRIPTION far")
+    staged = stage(component, database, local_store)
+    inside = Database("inside", database.url.set(database=staged.name))
+    assert rows(inside, "SELECT subname, subenabled, subslotname FROM pg_subscription") == [("far", False, "far")]
+    assert discard_staging(database, RESTORE) == [staged.name]
+
+
 def test_discarding_leaves_other_databases_alone(
     make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
 ) -> None:
@@ -436,70 +464,6 @@ def test_roles_that_are_missing_are_made_without_any_power_and_existing_ones_are
         run_sql(connection, "DROP DATABASE roles")
         run_sql(connection, "DROP ROLE mighty")
         run_sql(connection, "DROP ROLE present")
-
-
-class TestPreflight:
-    """What would block the switch or be lost by it is found before anything is touched."""
-
-    def faults(self, component: Component, database: Database) -> str:
-        found: list[AthenaError] = preflight_database(component, database, RESTORE, [binaries()])
-        return "; ".join(str(fault) for fault in found)
-
-    def test_a_prepared_transaction(self, make_database: Make, local_store: LocalStore) -> None:
-        database = make_database("prepared", "CREATE TABLE t (i integer)")
-        component = dump(database, local_store)
-        with session(database.url) as connection:
-            for statement in ("BEGIN", "INSERT INTO public.t VALUES (1)", "PREPARE TRANSACTION 'stuck'"):
-                run_sql(connection, statement)
-            assert "prepared transaction" in self.faults(component, database)
-            assert "stuck" in self.faults(component, database)
-            run_sql(connection, "ROLLBACK PREPARED 'stuck'")
-        assert self.faults(component, database) == ""
-
-    def test_a_logical_replication_slot(self, make_database: Make, local_store: LocalStore) -> None:
-        database = make_database("slotted")
-        component = dump(database, local_store)
-        with session(database.url) as connection:
-            run_sql(connection, "SELECT pg_create_logical_replication_slot('keeper', 'test_decoding')")
-            assert "replication slot" in self.faults(component, database)
-            run_sql(connection, "SELECT pg_drop_replication_slot('keeper')")
-
-    def test_a_subscription(self, make_database: Make, local_store: LocalStore) -> None:
-        database = make_database("subscribed")
-        component = dump(database, local_store)
-        with session(database.url) as connection:
-            run_sql(connection, "CREATE SUBSCRIPTION feed CONNECTION 'dbname=x' PUBLICATION p WITH (connect = false)")
-            assert "subscriptions (feed)" in self.faults(component, database)
-            run_sql(connection, "ALTER SUBSCRIPTION feed SET (slot_name = NONE)")
-            run_sql(connection, "DROP SUBSCRIPTION feed")
-
-    def test_a_role_that_may_not_create_databases_and_an_owner_that_it_is_not(
-        self, make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
-    ) -> None:
-        with session(postgres.url()) as connection:
-            run_sql(connection, "CREATE ROLE weak LOGIN")
-        database = make_database("strong", "CREATE TABLE t (i integer)")
-        component = dump(database, local_store)
-        faults = self.faults(component, Database("strong", database.url.set(username="weak")))
-        assert "may not create databases" in faults
-        assert "belongs to postgres" in faults
-        with session(postgres.url()) as connection:
-            run_sql(connection, "DROP ROLE weak")
-
-    def test_a_set_from_a_newer_server(self, make_database: Make, local_store: LocalStore) -> None:
-        database = make_database("newer")
-        component = dump(database, local_store)
-        assert component.server is not None
-        newer = component.model_copy(update={"server": component.server.model_copy(update={"version": 190000})})
-        assert "PostgreSQL 19" in self.faults(newer, database)
-
-    def test_an_extension_that_the_destination_lacks(self, make_database: Make, local_store: LocalStore) -> None:
-        database = make_database("extended")
-        component = dump(database, local_store)
-        assert component.database is not None
-        extension = component.database.extensions[0].model_copy(update={"name": "postgis"})
-        facts = component.database.model_copy(update={"extensions": (extension,)})
-        assert "postgis" in self.faults(component.model_copy(update={"database": facts}), database)
 
 
 def test_an_ordinary_owner_without_superuser_can_back_up_and_restore(
