@@ -38,11 +38,18 @@ _LOCKS_PER_STATEMENT = 500
 # undefined_table and invalid_schema_name (manual, appendix A): dropped between our listing and our LOCK.
 _VANISHED = ("42P01", "3F000")
 
+# What pg_dump reads: of an extension's own tables only those that it names as configuration. The others CREATE EXTENSION
+# makes anew, and an ordinary owner may have no right to so much as lock them.
 _TABLES = text(
     "SELECT c.oid::bigint AS oid, c.relfilenode::bigint AS file, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
-    " AND n.nspname !~ '^pg_' ORDER BY c.oid"
+    " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d"
+    " JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid"
+    " WHERE d.objid OPERATOR(pg_catalog.=) c.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
+    " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
+    " AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass"
+    " AND NOT coalesce(c.oid OPERATOR(pg_catalog.=) ANY (e.extconfig), false)) ORDER BY c.oid"
 )
 
 

@@ -68,7 +68,7 @@ def write_database(
     client = find_client("pg_dump", held.identity.version, client_directories)
     lister = find_client("pg_restore", client_version(client), [client.parent])
     head = ArchiveHead(lister, codec(held.reader), operation)
-    operation.expect(database.name, expected_bytes(held))
+    operation.expect(database.name, expected_bytes(held, operation))
     facts = read_facts(held, operation)
     dump = _Dump(held, client, head, facts.encoding)
     parts = write_stream(

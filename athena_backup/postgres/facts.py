@@ -4,14 +4,16 @@ All of it is data for the manifest; a restore applies it statement by statement 
 read every catalog that is asked here.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+import sqlalchemy
 from sqlalchemy import Connection, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
-from athena_backup.postgres.held import Held
-from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql
+from athena_backup.postgres.held import Held, lost_holder
+from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql, translated
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.
@@ -72,7 +74,7 @@ def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
 
     Raises the driver's errors translated; a table hidden by row-level security is an error, never a lower count.
     """
-    with held.reader_lock, cancelled_with(held.reader, operation):
+    with _translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
         reader = held.reader
         database = _database_row(reader, held.identity.version)
         counts = _count_rows(reader, operation)
@@ -98,9 +100,22 @@ def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
         )
 
 
-def expected_bytes(held: Held) -> int:
+@contextlib.contextmanager
+def _translating(held: Held, operation: Operation) -> Iterator[None]:
+    """The holder's session outlives the block, so nothing else turns the driver's errors into this project's own."""
+    try:
+        yield
+    except sqlalchemy.exc.DBAPIError as error:
+        operation.check()  # a cancelled operation cancels the query in the server: that is no error of the database
+        if error.connection_invalidated:
+            held.lost = held.lost or lost_holder(error)
+            raise held.lost from error
+        raise translated(error) from error
+
+
+def expected_bytes(held: Held, operation: Operation) -> int:
     """About how many bytes a dump will have: what the tables take, without their indexes."""
-    with held.reader_lock:
+    with _translating(held, operation), held.reader_lock:
         return sum(row.size_bytes or 0 for row in held.reader.execute(_COUNTED_TABLES))
 
 
