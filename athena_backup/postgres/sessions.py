@@ -6,6 +6,7 @@ be incomplete or different ("PostgreSQL", section 2). Passwords go into environm
 
 import contextlib
 import os
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,18 +23,50 @@ from athena_backup.operation import Operation
 CONNECT_SECONDS = 10
 APPLICATION_NAME = "athena-backup"
 
-# libpq's own names for what a URL may carry besides host, port, user, password and database (libpq, 34.15).
+# What a URL may carry besides host, port, user, password and database, with the variable by which a child is told the same
+# (libpq, 34.15). A parameter without one would hold for our sessions and not for pg_dump's: such are refused.
 _LIBPQ_VARIABLES = {
-    "sslmode": "PGSSLMODE",
-    "sslrootcert": "PGSSLROOTCERT",
-    "sslcert": "PGSSLCERT",
-    "sslkey": "PGSSLKEY",
     "channel_binding": "PGCHANNELBINDING",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-    "options": "PGOPTIONS",
+    "gssdelegation": "PGGSSDELEGATION",
+    "gssencmode": "PGGSSENCMODE",
+    "gsslib": "PGGSSLIB",
     "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
+    "krbsrvname": "PGKRBSRVNAME",
+    "load_balance_hosts": "PGLOADBALANCEHOSTS",
+    "options": "PGOPTIONS",
+    "passfile": "PGPASSFILE",
     "port": "PGPORT",
+    "require_auth": "PGREQUIREAUTH",
+    "requirepeer": "PGREQUIREPEER",
+    "service": "PGSERVICE",
+    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "sslcert": "PGSSLCERT",
+    "sslcertmode": "PGSSLCERTMODE",
+    "sslcrl": "PGSSLCRL",
+    "sslcrldir": "PGSSLCRLDIR",
+    "sslkey": "PGSSLKEY",
+    "sslmode": "PGSSLMODE",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslsni": "PGSSLSNI",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
+# What `session` and `libpq_environment` set themselves, whatever a URL says.
+_OURS = frozenset(
+    {
+        "application_name",
+        "client_encoding",
+        "connect_timeout",
+        "fallback_application_name",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "tcp_user_timeout",
+    }
+)
 
 # Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
 _SESSION_SETTINGS = {
@@ -102,7 +135,18 @@ def parse_database_url(name: str, url_text: str) -> URL:
             f"the URL of database {name} is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
             next_step="only PostgreSQL databases can be components, each with its own name at the URL's end",
         )
-    return url.set(drivername="postgresql")
+    query = {key: value for key, value in url.query.items() if key not in _OURS}
+    # libpq takes these two here as well; in the query a password would be shown wherever the URL is.
+    user, password = query.pop("user", url.username), query.pop("password", url.password)
+    unknown = sorted(query.keys() - _LIBPQ_VARIABLES.keys())
+    if unknown or not isinstance(user, str | None) or not isinstance(password, str | None):
+        raise FinalError(
+            f"the URL of database {name} has parameters that can't be used: {', '.join(unknown) or 'user, password'}",
+            next_step="leave them out; libpq's own, such as sslmode and sslrootcert, may be given",
+        )
+    # SQLAlchemy decodes user and password, but not the database, which libpq decodes too.
+    database = urllib.parse.unquote(url.database)
+    return URL.create("postgresql", user, password, url.host, url.port, database, query)
 
 
 def libpq_environment(url: URL) -> dict[str, str]:
