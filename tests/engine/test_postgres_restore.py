@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import URL, text
 
 from athena_backup.errors import DamagedError, FinalError
-from athena_backup.manifest import Component, Setting
+from athena_backup.manifest import Component, SequenceState, Setting
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.postgres import clients, embedded
@@ -438,6 +438,52 @@ def test_a_dump_that_restores_with_exit_code_0_but_fewer_rows_is_found_out(
             Operation(),
             client_directories=[binaries()],
         )
+
+
+@pytest.mark.parametrize(
+    ("promise", "found"),
+    [
+        ({"large_objects": 3}, "1 large objects instead of 3"),
+        (
+            {"sequences": (SequenceState(schema_name="public", name="s", last_value=2, is_called=True),)},
+            "public.s stands at 1, not 2",
+        ),
+    ],
+    ids=["large objects", "sequences"],
+)
+def test_large_objects_and_sequences_are_compared_with_the_manifest(
+    make_database: Make, local_store: LocalStore, promise: dict[str, object], found: str
+) -> None:
+    database = make_database("promised", "CREATE SEQUENCE s; SELECT nextval('s'), lo_create(0)")
+    component = dump(database, local_store)
+    promised = component.model_copy(update={"database": facts_of(component).model_copy(update=promise)})
+    with pytest.raises(DamagedError, match=found):
+        stage(promised, database, local_store)
+
+
+def test_a_dump_whose_loading_fails_in_the_middle_is_never_switched_in(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    # Restores nowhere: the check calls a function that needs a table which comes later in the dump's order.
+    database = make_database(
+        "selfish",
+        "CREATE TABLE z (i integer); INSERT INTO z VALUES (1);"
+        "CREATE FUNCTION known(integer) RETURNS boolean LANGUAGE sql AS 'SELECT EXISTS (SELECT FROM public.z WHERE i = $1)';"
+        "CREATE TABLE a (i integer CHECK (known(i))); INSERT INTO a VALUES (1)",
+    )
+    component = dump(database, local_store)
+    with pytest.raises(FinalError, match=r"pg_restore ended with exit code 1.*violates check constraint"):
+        stage(component, database, local_store)
+
+
+def test_a_staged_database_has_statistics_before_it_is_switched_in(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("analyzed", "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")
+    staged = stage(dump(database, local_store), database, local_store)
+    inside = Database("inside", database.url.set(database=staged.name))
+    assert rows(inside, "SELECT reltuples FROM pg_class WHERE relname = 't'") == [(1000,)]
+    assert rows(inside, "SELECT count(*) FROM pg_stats WHERE tablename = 't'") == [(1,)]
 
 
 def test_roles_that_are_missing_are_made_without_any_power_and_existing_ones_are_not_touched(
