@@ -191,6 +191,7 @@ def _load(
         ended = child.wait(operation)
         # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
         thread.join()
+    operation.check()  # a cancelled operation kills the child: that is no failure of pg_restore
     if feeding.error is not None:
         raise feeding.error
     if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):

@@ -1,22 +1,24 @@
 """A database comes back exactly: loaded beside the live one, proven, and switched by OID in one transaction."""
 
+import contextlib
 import os
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Connection, text
 
-from athena_backup.errors import DamagedError, FinalError
+from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.manifest import Component, SequenceState, Setting
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
-from athena_backup.postgres import clients, embedded
+from athena_backup.postgres import clients, embedded, rename
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
@@ -330,6 +332,57 @@ def test_a_switch_whose_answer_was_lost_can_be_repeated(
     assert first == second
     with session(postgres.url()) as connection:
         assert database_oid(connection, "twice") == staged.oid
+
+
+@pytest.mark.parametrize("last", ["COMMIT", "SELECT 'after the commit'"])
+def test_a_switch_whose_session_is_lost_ends_switched(
+    make_database: Make,
+    local_store: LocalStore,
+    postgres: EmbeddedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    last: str,
+) -> None:
+    database = make_database("unanswered", "CREATE TABLE t AS SELECT 1 AS i")
+    staged = stage(dump(database, local_store), database, local_store)
+    lost: list[int] = []
+
+    def losing_the_session(connection: Connection, sql: str) -> object:
+        if sql != "COMMIT" or lost:
+            return run_sql(connection, sql)
+        lost.append(run_sql(connection, "SELECT pg_backend_pid()").scalar_one())
+        if last != "COMMIT":
+            run_sql(connection, "COMMIT")
+        with session(postgres.url()) as other:
+            run_sql(other, f"SELECT pg_terminate_backend({lost[0]}, 5000)")
+        return run_sql(connection, last)
+
+    monkeypatch.setattr(rename, "run_sql", losing_the_session)
+    assert switch_database(database, staged.oid, RESTORE, "app", Operation()).live_oid == staged.oid
+    assert lost
+    with session(postgres.url()) as connection:
+        assert database_oid(connection, "unanswered") == staged.oid
+
+
+def test_a_cancelled_switch_or_loading_says_that_it_was_cancelled(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = make_database("abandoned", "CREATE TABLE t AS SELECT i, md5(i::text) FROM generate_series(1, 300000) i")
+    component = dump(database, local_store)
+    assert preflight_database(component, database, RESTORE, [binaries()]) == []
+    operation = Operation()
+    monkeypatch.setattr(operation, "advance", lambda name, size: operation.cancel("abandoned by a person"))
+    with pytest.raises(CancelledError, match="by a person"):
+        stage_database(component, database, local_store, RESTORE, operation, client_directories=[binaries()])
+    discard_staging(database, RESTORE)
+    staged = stage(component, database, local_store)
+    monkeypatch.setattr(rename, "_terminating", lambda url, names: contextlib.nullcontext())
+    operation = Operation()
+    with session(database.url):  # RENAME waits for it
+        threading.Timer(0.5, lambda: operation.cancel("abandoned by a person")).start()
+        began = time.monotonic()
+        with pytest.raises(CancelledError, match="by a person"):
+            switch_database(database, staged.oid, RESTORE, "app", operation)
+    assert time.monotonic() - began < 3
 
 
 def test_a_staging_that_somebody_replaced_is_never_switched_in(
