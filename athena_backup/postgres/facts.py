@@ -70,7 +70,7 @@ _ROLES = text(
 
 
 def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
-    """All facts but the dump's own (``omitted``, ``sequences``, ``dump_version``), under the snapshot of the cut.
+    """All facts but the dump's own (its warnings, ``sequences``, ``dump_version``), under the snapshot of the cut.
 
     Raises the driver's errors translated; a table hidden by row-level security is an error, never a lower count.
     """
@@ -95,7 +95,7 @@ def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
                 )
             ),
             large_objects=reader.execute(text("SELECT count(*) FROM pg_catalog.pg_largeobject_metadata")).scalar_one(),
-            omitted=(),
+            omitted=tuple(_hidden_user_mappings(reader)),
             dump_version="",
         )
 
@@ -123,7 +123,9 @@ def with_dump(
     facts: DatabaseFacts, omitted: Sequence[str], sequences: Sequence[SequenceState], version: str
 ) -> DatabaseFacts:
     """The facts completed by what the dump itself said."""
-    return facts.model_copy(update={"omitted": tuple(omitted), "sequences": tuple(sequences), "dump_version": version})
+    return facts.model_copy(
+        update={"omitted": (*facts.omitted, *omitted), "sequences": tuple(sequences), "dump_version": version}
+    )
 
 
 def _database_row(reader: Connection, version: int) -> dict[str, object]:
@@ -165,6 +167,24 @@ def _settings(reader: Connection, oid: int) -> tuple[Setting, ...]:
         name, _, value = row.setting.partition("=")
         found.append(Setting(role=row.role, name=name, value=value))
     return tuple(found)
+
+
+def _hidden_user_mappings(reader: Connection) -> list[str]:
+    """User mappings whose options, such as passwords, pg_dump leaves out without a word, as this role may not see them."""
+    # The condition is that of the view's own definition (src/backend/catalog/system_views.sql, pg_user_mappings).
+    statement = text(
+        "SELECT m.usename, m.srvname FROM pg_catalog.pg_user_mappings m"
+        " JOIN pg_catalog.pg_foreign_server s ON s.oid OPERATOR(pg_catalog.=) m.srvid"
+        " JOIN pg_catalog.pg_roles me ON me.rolname OPERATOR(pg_catalog.=) current_user"
+        " WHERE NOT me.rolsuper AND NOT CASE WHEN m.umuser OPERATOR(pg_catalog.=) CAST(0 AS oid)"
+        " THEN pg_catalog.pg_has_role(s.srvowner, 'USAGE') ELSE m.usename OPERATOR(pg_catalog.=) current_user"
+        " AND (pg_catalog.pg_has_role(s.srvowner, 'USAGE') OR pg_catalog.has_server_privilege(s.oid, 'USAGE')) END"
+        " ORDER BY 2, 1"
+    )
+    return [
+        f"options of the user mapping of {row.usename} on server {row.srvname}, which the backup's role may not see"
+        for row in reader.execute(statement)
+    ]
 
 
 def _count_rows(reader: Connection, operation: Operation) -> tuple[TableCount, ...]:

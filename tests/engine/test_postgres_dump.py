@@ -285,6 +285,26 @@ def test_what_an_owner_s_dump_leaves_out_stands_in_the_manifest(
     assert facts(component).owner == owner.url.username
 
 
+def test_options_of_user_mappings_that_an_owner_may_not_see_stand_in_the_manifest_as_omitted(
+    postgres: EmbeddedServer, owner: Database, local_store: LocalStore
+) -> None:
+    with connected(postgres, owner.database) as admin:
+        admin.execute("CREATE EXTENSION postgres_fdw; CREATE SERVER far FOREIGN DATA WRAPPER postgres_fdw")
+        admin.execute("CREATE USER MAPPING FOR postgres SERVER far OPTIONS (password 'hush')")
+        admin.execute(f"GRANT USAGE ON FOREIGN SERVER far TO {owner.url.username}")
+        admin.execute(f"CREATE USER MAPPING FOR {owner.url.username} SERVER far OPTIONS (password 'seen')")
+        dumped = {}
+        for name, database in (("owner", owner), ("superuser", Database("all", owner.url.set(username="postgres")))):
+            with hold_cut([database], Operation()) as cut:
+                dumped[name] = back_up(database, local_store, cut)
+        admin.execute("DROP EXTENSION postgres_fdw CASCADE")
+    assert facts(dumped["superuser"]).omitted == ()
+    [omitted] = facts(dumped["owner"]).omitted
+    assert "user mapping of postgres on server far" in omitted
+    [stream] = dumped["owner"].streams
+    assert b"hush" not in b"".join(read_stream("gitserver", stream.parts, local_store, Operation()))
+
+
 @pytest.mark.parametrize(
     ("line", "message"), [("pg_dump: warning: a strange thing", "a strange thing"), ("gibberish", "gibberish")]
 )
