@@ -1,28 +1,15 @@
 """What would block the switch of a database or be lost by it is found before anything live is touched."""
 
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+
+from round_trip import RESTORE, Make, dump
 
 from athena_backup.errors import AthenaError
 from athena_backup.manifest import Component
-from athena_backup.names import SetId, Timestamp
-from athena_backup.operation import Operation
-from athena_backup.postgres.cut import hold_cut
-from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.store.local import LocalStore
-
-SET = SetId("app", Timestamp.of(datetime.now(UTC)))
-RESTORE = "0123456789ab"
-Make = Callable[..., Database]
-
-
-def dump(database: Database, store: LocalStore) -> Component:
-    with hold_cut([database], Operation()) as cut:
-        return write_database(database, cut, store, SET, "run", Operation(), client_directories=[binaries()])
 
 
 def faults_of(component: Component, database: Database) -> str:
