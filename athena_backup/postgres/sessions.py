@@ -195,7 +195,7 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
     )
     try:
         with engine.connect() as connection:
-            _apply(
+            apply_settings(
                 connection, {**_SESSION_SETTINGS, "client_encoding": _client_encoding(connection), **(settings or {})}
             )
             yield connection
@@ -218,8 +218,8 @@ def codec(connection: Connection) -> str:
     return driver.info.encoding
 
 
-def _apply(connection: Connection, settings: Mapping[str, str]) -> None:
-    # Only what this server knows: transaction_timeout came with 17, idle_session_timeout with 14.
+def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
+    """Set what of ``settings`` this server knows, for the session: transaction_timeout came with 17, for example."""
     for name, value in settings.items():
         connection.execute(
             text(

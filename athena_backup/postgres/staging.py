@@ -33,6 +33,7 @@ from athena_backup.postgres.rename import (
 )
 from athena_backup.postgres.sessions import (
     Database,
+    apply_settings,
     cancelled_with,
     connection_string,
     libpq_environment,
@@ -122,8 +123,13 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
 
 
 def create_missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
-    """Create the roles that the destination lacks, without a login or any power; memberships only among those."""
+    """Create the roles that the destination lacks, without a login or any power; memberships only among those.
+
+    One exception: whoever creates them without being a superuser becomes a member, or he could make nothing theirs.
+    """
     missing = missing_roles(connection, facts)
+    # Since version 16 who creates a role may administer it but not be it (manual, "createrole_self_grant").
+    apply_settings(connection, {"createrole_self_grant": "set, inherit"})
     for name in missing:
         run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN")
     for role in facts.roles:

@@ -369,3 +369,26 @@ def test_an_ordinary_owner_without_superuser_can_back_up_and_restore(
     with session(postgres.url()) as connection:
         run_sql(connection, "DROP DATABASE plainly")
         run_sql(connection, "DROP ROLE plain")
+
+
+def test_who_may_create_roles_restores_onto_a_server_that_has_none_of_them(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database(
+        "migrated",
+        "CREATE ROLE maker LOGIN CREATEDB CREATEROLE; CREATE ROLE former; CREATE ROLE guest; GRANT former TO guest;"
+        "CREATE TABLE t AS SELECT 1 AS i; ALTER TABLE t OWNER TO former; GRANT SELECT ON t TO guest;"
+        "ALTER DATABASE migrated OWNER TO former",
+    )
+    component = dump(database, local_store)
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE migrated")
+        run_sql(connection, "DROP ROLE former, guest")
+    restore(component, Database("migrated", database.url.set(username="maker")), local_store)
+    assert rows(database, "SELECT tableowner FROM pg_tables WHERE tablename = 't'") == [("former",)]
+    assert rows(database, "SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = 'migrated'") == [("former",)]
+    assert rows(database, "SELECT pg_has_role('guest', 'former', 'MEMBER')") == [(True,)]
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE migrated")
+        run_sql(connection, "DROP ROLE former, guest")
+        run_sql(connection, "DROP ROLE maker")
