@@ -18,15 +18,21 @@ from athena_backup.process import running
 _FIRST_LOOK_BYTES = 1 << 20
 _LIMIT_BYTES = 64 << 20
 """A table of contents beyond this (some 100,000 objects) fails the dump: it can't be proven at a restore."""
+# Number, catalog and OID of the entry, then its kind; other entries may have these words in their names.
+_SEQUENCE_SET = re.compile(rb"^\d+; \d+ \d+ SEQUENCE SET .*$", re.MULTILINE)
 _SETVAL = re.compile(r"^SELECT pg_catalog\.setval\(E?'((?:[^']|'')*)', (-?\d+), (true|false)\);$", re.MULTILINE)
 _IDENTIFIER = re.compile(r'"((?:[^"]|"")*)"|([^."]+)')
 
 
 class ArchiveHead:
-    """Collects the head of one dump as it streams by, until its table of contents is whole."""
+    """Collects the head of one dump as it streams by, until its table of contents is whole.
 
-    def __init__(self, client: Path, operation: Operation) -> None:
+    ``codec`` is Python's for the dump's encoding: its names have to be those that a session reads.
+    """
+
+    def __init__(self, client: Path, codec: str, operation: Operation) -> None:
         self._client = client
+        self._codec = codec
         self._operation = operation
         self._head = bytearray()
         self._next_look = _FIRST_LOOK_BYTES
@@ -60,19 +66,18 @@ class ArchiveHead:
             listing = self._run(["--list", head])
             if listing is None:
                 return
-            wanted = "".join(f"{line}\n" for line in listing.splitlines() if " SEQUENCE SET " in line)
-            with _unnamed_file(wanted.encode("utf-8", "surrogateescape")) as entries:
+            with _unnamed_file(b"\n".join(_SEQUENCE_SET.findall(listing)) + b"\n") as entries:
                 sql = self._run(["--section=data", f"--use-list={entries}", "--file=-", head])
         if sql is not None:
-            self._found = [_state(*match) for match in _SETVAL.findall(sql)]
+            self._found = [_state(*match) for match in _SETVAL.findall(sql.decode(self._codec))]
             self._head.clear()
 
-    def _run(self, arguments: list[str]) -> str | None:
+    def _run(self, arguments: list[str]) -> bytes | None:
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
         with running([str(self._client), *arguments], self._operation, environment=environment, writes=True) as child:
             said = child.stdout.read()
             ended = child.wait(self._operation)
-        return said.decode("utf-8", "surrogateescape") if ended.exit_code == 0 else None
+        return said if ended.exit_code == 0 else None
 
 
 @contextlib.contextmanager

@@ -6,12 +6,10 @@ taken again until they are equal: then no transaction lies between them.
 """
 
 import contextlib
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 
 import psycopg
 import sqlalchemy
@@ -20,11 +18,10 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Server
 from athena_backup.operation import Operation
+from athena_backup.postgres.held import Held, Table, lost_holder, ping, waiting_for
 from athena_backup.postgres.sessions import (
     Database,
-    ServerIdentity,
     cancelled_with,
-    identity,
     run_sql,
     session,
     translated,
@@ -33,77 +30,27 @@ from athena_backup.postgres.sessions import (
 LOCK_TIMEOUT_SECONDS = 60.0
 SNAPSHOT_TRIES = 1_000
 """Under four writers flat out a try succeeds about one time in five (field notes), and takes a few milliseconds."""
-TABLE_TRIES = 5
+TABLE_TRIES = 50
+"""Under two sessions that make and drop tables flat out a try succeeds about one time in eight (tried)."""
 _PING_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 _LOCKS_PER_STATEMENT = 500
+# undefined_table and invalid_schema_name (manual, appendix A): dropped between our listing and our LOCK.
+_VANISHED = ("42P01", "3F000")
 
+# What pg_dump reads: of an extension's own tables only those that it names as configuration. The others CREATE EXTENSION
+# makes anew, and an ordinary owner may have no right to so much as lock them.
 _TABLES = text(
     "SELECT c.oid::bigint AS oid, c.relfilenode::bigint AS file, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
-    " AND n.nspname !~ '^pg_' ORDER BY c.oid"
+    " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d"
+    " JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid"
+    " WHERE d.objid OPERATOR(pg_catalog.=) c.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
+    " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
+    " AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass"
+    " AND NOT coalesce(c.oid OPERATOR(pg_catalog.=) ANY (e.extconfig), false)) ORDER BY c.oid"
 )
-
-
-class Held:
-    """One database of the cut: its exported snapshot, and the two sessions that keep it readable."""
-
-    def __init__(self, database: Database, locks: Connection, reader: Connection) -> None:
-        self.database = database
-        self.locks = locks
-        self.reader = reader
-        self.identity: ServerIdentity = identity(locks)
-        self.oid: int = locks.execute(
-            text(
-                "SELECT oid::bigint FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"
-            )
-        ).scalar_one()
-        self.locks_pid: int = locks.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
-        self.reader_pid: int = reader.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
-        self.snapshot = ""
-        self.taken_at: datetime | None = None
-        self.server: Server | None = None
-        self.lost: AthenaError | None = None
-        self.locks_lock = threading.Lock()
-        self.reader_lock = threading.Lock()
-        """psycopg's sessions are for one thread at a time; whoever reads through S holds this."""
-
-    def check(self) -> None:
-        """Raise if a holder was lost: nothing that is read from now on belongs to the cut."""
-        if self.lost is not None:
-            raise self.lost
-
-    def prove(self) -> None:
-        """Raise unless both holders answer at this moment: then all that was read under them until now is whole."""
-        self.check()
-        try:
-            with self.locks_lock:
-                _ping(self.locks)
-            with self.reader_lock:
-                _ping(self.reader)
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            self.lost = self.lost or _lost(error)
-        self.check()
-
-    def is_readable(self) -> bool:
-        """Whether the server sent something on an idle session of ours: it does so when it ends one."""
-        poll = select.poll()
-        for connection in (self.locks, self.reader):
-            driver = connection.connection.driver_connection
-            if not isinstance(driver, psycopg.Connection) or driver.closed:
-                return True
-            poll.register(driver.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
-
-    def waiting(self) -> list[str]:
-        """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them.
-
-        Empty where a lost holder can't be asked any more.
-        """
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
-            return [f"pid {pid} waits with {query!r}" for pid, query in _waiting(self)]
-        return []
 
 
 @dataclass
@@ -184,11 +131,17 @@ def _collect(opening: _Opening, database: Database, work: Callable[[], None]) ->
         opening.held.pop(database.name, None)
 
 
+def _collect_each(opening: _Opening, group: list[Held], work: Callable[[Held], None]) -> None:
+    """Do ``work`` for every database of the group; one whose work fails leaves the group as a fault."""
+    for held in group:
+        _collect(opening, held.database, lambda: work(held))  # noqa: B023 - called at once
+    group[:] = [held for held in group if held.database.name in opening.held]
+
+
 def _open(opening: _Opening, database: Database, lock_timeout_seconds: float, operation: Operation) -> None:
     held = Held(database, opening.stack.enter_context(_quiet(database)), opening.stack.enter_context(_quiet(database)))
     _refuse_pooler(held.locks)
-    with cancelled_with(held.locks, operation):
-        _lock_tables(held, lock_timeout_seconds)
+    _lock_tables(held, lock_timeout_seconds, operation)
     opening.held[database.name] = held
 
 
@@ -215,29 +168,45 @@ def _refuse_pooler(connection: Connection) -> None:
         )
 
 
-def _lock_tables(held: Held, lock_timeout_seconds: float) -> None:
+def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) -> None:
+    """Have L lock every table that it sees, in a new transaction, and keep what it saw; S's view is compared with that."""
     locks = held.locks
-    run_sql(locks, "BEGIN ISOLATION LEVEL READ COMMITTED")
-    run_sql(locks, f"SET LOCAL lock_timeout = {int(lock_timeout_seconds * 1000)}")
-    names = [row.name for row in locks.execute(_TABLES)]
-    try:
-        for start in range(0, len(names), _LOCKS_PER_STATEMENT):
-            _lock(locks, names[start : start + _LOCKS_PER_STATEMENT], "")
-    except sqlalchemy.exc.DBAPIError as error:
-        problem = translated(error)
-        if isinstance(problem, PassingError):
-            raise PassingError(
-                f"a table lock was not granted within {lock_timeout_seconds:.0f} s: {problem.cause}",
-                next_step="some session alters or truncates a table, or waits to: let it end",
-                step="locking the tables",
-            ) from error
-        raise
-    run_sql(locks, "SET LOCAL lock_timeout = 0")
+    for _ in range(TABLE_TRIES):
+        run_sql(locks, "ROLLBACK")
+        run_sql(locks, "BEGIN ISOLATION LEVEL READ COMMITTED")
+        run_sql(locks, f"SET LOCAL lock_timeout = {int(lock_timeout_seconds * 1000)}")
+        held.locked = _tables(locks)
+        try:
+            with cancelled_with(locks, operation):
+                _lock(locks, held.locked, "")
+        except sqlalchemy.exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) in _VANISHED:
+                continue
+            problem = translated(error)
+            if isinstance(problem, PassingError):
+                raise PassingError(
+                    f"a table lock was not granted within {lock_timeout_seconds:.0f} s: {problem.cause}",
+                    next_step="some session alters or truncates a table, or waits to: let it end",
+                    step="locking the tables",
+                ) from error
+            raise
+        run_sql(locks, "SET LOCAL lock_timeout = 0")
+        return
+    raise PassingError(
+        f"tables were dropped in each of {TABLE_TRIES} tries to lock them",
+        next_step="back up when fewer tables are made and dropped",
+        step="locking the tables",
+    )
 
 
-def _lock(connection: Connection, names: Sequence[str], how: str) -> None:
-    tables = ", ".join(f"ONLY {name}" for name in names)
-    run_sql(connection, f"LOCK TABLE {tables} IN ACCESS SHARE MODE {how}")
+def _tables(connection: Connection) -> list[Table]:
+    return [(row.oid, row.file, row.name) for row in connection.execute(_TABLES)]
+
+
+def _lock(connection: Connection, tables: Sequence[Table], how: str) -> None:
+    for start in range(0, len(tables), _LOCKS_PER_STATEMENT):
+        some = ", ".join(f"ONLY {name}" for _, _, name in tables[start : start + _LOCKS_PER_STATEMENT])
+        run_sql(connection, f"LOCK TABLE {some} IN ACCESS SHARE MODE {how}")
 
 
 def _refuse_twins(opening: _Opening) -> None:
@@ -275,13 +244,12 @@ def _take_snapshots(
         exact = False
         for _ in range(tries):
             operation.check()
-            for held in list(group):
-                _collect(opening, held.database, lambda: _begin_snapshot(held))  # noqa: B023
-            group[:] = [held for held in group if held.database.name in opening.held]
+            _collect_each(opening, group, _begin_snapshot)
+            # Nothing but the one statement that takes the snapshot stands between one database and the next.
+            _collect_each(opening, group, _take_snapshot)
             if not group:
                 return None
-            # Nothing but the one statement that takes the snapshot stands between one database and the next.
-            texts = {_take_snapshot(held) for held in group}
+            texts = {held.snapshot_text for held in group}
             agree = all(held.identity.same_server(group[0].identity) for held in group)
             if len(group) == 1 or (len(texts) == 1 and agree and not group[0].identity.in_recovery):
                 exact = True
@@ -293,13 +261,13 @@ def _take_snapshots(
                 group, opening, f"in {tries} tries no instant was found at which no transaction lay between databases"
             )
             return None
-        moved = [held for held in group if not _tables_stand_still(held)]
-        if not moved:
+        _collect_each(opening, group, _look_at_tables)
+        moved = [held for held in group if not held.stands_still]
+        if group and not moved:
             return _describe(number, group, exact=exact)
         # A table was made or rewritten between L and S: lock again what there is now, and take new snapshots.
-        for held in moved:
-            run_sql(held.locks, "ROLLBACK")
-            _collect(opening, held.database, lambda: _lock_tables(held, lock_timeout_seconds))  # noqa: B023
+        _collect_each(opening, moved, lambda held: _lock_tables(held, lock_timeout_seconds, operation))
+        group[:] = [held for held in group if held.database.name in opening.held]
     _give_up(group, opening, f"tables were made or rewritten in each of {TABLE_TRIES} tries to take a snapshot")
     return None
 
@@ -318,33 +286,28 @@ def _begin_snapshot(held: Held) -> None:
     run_sql(held.reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
 
-def _take_snapshot(held: Held) -> str:
+def _take_snapshot(held: Held) -> None:
     row = run_sql(
         held.reader,
         "SELECT pg_catalog.pg_current_snapshot()::text AS snapshot, pg_catalog.clock_timestamp() AS taken_at",
     ).one()
-    held.taken_at = row.taken_at
-    snapshot: str = row.snapshot
-    return snapshot
+    held.snapshot_text, held.taken_at = row.snapshot, row.taken_at
 
 
-def _tables_stand_still(held: Held) -> bool:
-    """Whether S sees the very tables and files that L has locked; S then locks them too, without waiting."""
-    seen = [tuple(row) for row in held.reader.execute(_TABLES)]
-    now = [tuple(row) for row in held.locks.execute(_TABLES)]
-    if seen != now:
-        return False
+def _look_at_tables(held: Held) -> None:
+    """Find out whether S sees the very tables and files that L has locked; S then locks them too, without waiting."""
+    # What L sees by now is not enough: a table made after L's locking would be seen by both and locked by none.
+    held.stands_still = held.locked == _tables(held.reader) == _tables(held.locks)
+    if not held.stands_still:
+        return
     held.snapshot = held.reader.execute(text("SELECT pg_catalog.pg_export_snapshot()")).scalar_one()
-    names = [str(row[2]) for row in seen]
-    for start in range(0, len(names), _LOCKS_PER_STATEMENT):
-        try:
-            _lock(held.reader, names[start : start + _LOCKS_PER_STATEMENT], "NOWAIT")
-        except sqlalchemy.exc.DBAPIError as error:
-            # Somebody's DDL queued up in this very moment; L protects the data, and a new round starts over.
-            if isinstance(translated(error), PassingError):
-                return False
+    try:
+        _lock(held.reader, held.locked, "NOWAIT")
+    except sqlalchemy.exc.DBAPIError as error:
+        # Somebody's DDL queued up in this very moment; L protects the data, and a new round starts over.
+        if not isinstance(translated(error), PassingError):
             raise
-    return True
+        held.stands_still = False
 
 
 def _describe(number: int, group: Sequence[Held], *, exact: bool) -> Server:
@@ -384,37 +347,24 @@ def _watch(all_held: Sequence[Held], ddl_wait_limit_seconds: float | None, stopp
                 if held.reader_lock.acquire(blocking=False):
                     try:
                         if is_time or held.is_readable():
-                            _ping(held.reader)
+                            ping(held.reader)
                             with held.locks_lock:
-                                _ping(held.locks)
+                                ping(held.locks)
                     finally:
                         held.reader_lock.release()
                 elif is_time:
                     with held.locks_lock:
-                        _ping(held.locks)
+                        ping(held.locks)
                 if ddl_wait_limit_seconds is not None:
                     _give_up_for_ddl(held, ddl_wait_limit_seconds, waiting_since)
             except sqlalchemy.exc.SQLAlchemyError as error:
-                held.lost = held.lost or _lost(error)
-
-
-def _ping(connection: Connection) -> None:
-    connection.execute(text("SELECT 1")).scalar_one()
-
-
-def _lost(error: sqlalchemy.exc.SQLAlchemyError) -> FinalError:
-    cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
-    return FinalError(
-        f"a session that held the snapshot was lost: {cause}",
-        next_step="find out who ended it; the next backup starts anew",
-        step="holding the snapshot",
-    )
+                held.lost = held.lost or lost_holder(error)
 
 
 def _give_up_for_ddl(held: Held, limit_seconds: float, waiting_since: dict[tuple[str, int], float]) -> None:
     # Timed here: an ordinary role sees neither statement nor times of others, and a wait's begin came with version 14.
     now, name = time.monotonic(), held.database.name
-    waiting = dict(_waiting(held))
+    waiting = dict(waiting_for(held))
     for key in [key for key in waiting_since if key[0] == name and key[1] not in waiting]:
         del waiting_since[key]
     late = [
@@ -432,15 +382,3 @@ def _give_up_for_ddl(held: Held, limit_seconds: float, waiting_since: dict[tuple
         with held.locks_lock, contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
             held.locks.execute(text("SELECT pg_catalog.pg_terminate_backend(:pid)"), {"pid": held.reader_pid})
             held.locks.invalidate()
-
-
-def _waiting(held: Held) -> list[tuple[int, str]]:
-    # pg_locks shows everybody's waiting; pg_stat_activity shows the statements of others to the privileged only.
-    statement = text(
-        "SELECT DISTINCT l.pid, coalesce(a.query, 'an unknown statement') FROM pg_catalog.pg_locks l"
-        " LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid"
-        " WHERE NOT l.granted AND :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid)) ORDER BY 1"
-    )
-    with held.locks_lock:
-        rows = held.locks.execute(statement, {"pid": held.locks_pid}).all()
-    return [(row[0], " ".join(row[1].split())[:200]) for row in rows]

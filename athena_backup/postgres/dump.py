@@ -19,9 +19,10 @@ from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.cut import Cut, Held
+from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import expected_bytes, read_facts, with_dump
-from athena_backup.postgres.sessions import Database, connection_string, libpq_environment
+from athena_backup.postgres.held import Held
+from athena_backup.postgres.sessions import Database, codec, connection_string, libpq_environment
 from athena_backup.process import STDERR_LIMIT_LINES, Ended, running
 from athena_backup.store import Store
 
@@ -65,8 +66,9 @@ def write_database(
     attempt = new_attempt()
     folder = component_folder(set_id, "database", database.name, attempt)
     client = find_client("pg_dump", held.identity.version, client_directories)
-    head = ArchiveHead(find_client("pg_restore", client_version(client), [client.parent]), operation)
-    operation.expect(database.name, expected_bytes(held))
+    lister = find_client("pg_restore", client_version(client), [client.parent])
+    head = ArchiveHead(lister, codec(held.reader), operation)
+    operation.expect(database.name, expected_bytes(held, operation))
     facts = read_facts(held, operation)
     dump = _Dump(held, client, head, facts.encoding)
     parts = write_stream(

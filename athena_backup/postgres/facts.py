@@ -4,14 +4,16 @@ All of it is data for the manifest; a restore applies it statement by statement 
 read every catalog that is asked here.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+import sqlalchemy
 from sqlalchemy import Connection, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
-from athena_backup.postgres.cut import Held
-from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql
+from athena_backup.postgres.held import Held, lost_holder
+from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql, translated
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.
@@ -68,11 +70,11 @@ _ROLES = text(
 
 
 def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
-    """All facts but the dump's own (``omitted``, ``sequences``, ``dump_version``), under the snapshot of the cut.
+    """All facts but the dump's own (its warnings, ``sequences``, ``dump_version``), under the snapshot of the cut.
 
     Raises the driver's errors translated; a table hidden by row-level security is an error, never a lower count.
     """
-    with held.reader_lock, cancelled_with(held.reader, operation):
+    with _translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
         reader = held.reader
         database = _database_row(reader, held.identity.version)
         counts = _count_rows(reader, operation)
@@ -93,14 +95,27 @@ def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
                 )
             ),
             large_objects=reader.execute(text("SELECT count(*) FROM pg_catalog.pg_largeobject_metadata")).scalar_one(),
-            omitted=(),
+            omitted=tuple(_hidden_user_mappings(reader)),
             dump_version="",
         )
 
 
-def expected_bytes(held: Held) -> int:
+@contextlib.contextmanager
+def _translating(held: Held, operation: Operation) -> Iterator[None]:
+    """The holder's session outlives the block, so nothing else turns the driver's errors into this project's own."""
+    try:
+        yield
+    except sqlalchemy.exc.DBAPIError as error:
+        operation.check()  # a cancelled operation cancels the query in the server: that is no error of the database
+        if error.connection_invalidated:
+            held.lost = held.lost or lost_holder(error)
+            raise held.lost from error
+        raise translated(error) from error
+
+
+def expected_bytes(held: Held, operation: Operation) -> int:
     """About how many bytes a dump will have: what the tables take, without their indexes."""
-    with held.reader_lock:
+    with _translating(held, operation), held.reader_lock:
         return sum(row.size_bytes or 0 for row in held.reader.execute(_COUNTED_TABLES))
 
 
@@ -108,7 +123,9 @@ def with_dump(
     facts: DatabaseFacts, omitted: Sequence[str], sequences: Sequence[SequenceState], version: str
 ) -> DatabaseFacts:
     """The facts completed by what the dump itself said."""
-    return facts.model_copy(update={"omitted": tuple(omitted), "sequences": tuple(sequences), "dump_version": version})
+    return facts.model_copy(
+        update={"omitted": (*facts.omitted, *omitted), "sequences": tuple(sequences), "dump_version": version}
+    )
 
 
 def _database_row(reader: Connection, version: int) -> dict[str, object]:
@@ -150,6 +167,24 @@ def _settings(reader: Connection, oid: int) -> tuple[Setting, ...]:
         name, _, value = row.setting.partition("=")
         found.append(Setting(role=row.role, name=name, value=value))
     return tuple(found)
+
+
+def _hidden_user_mappings(reader: Connection) -> list[str]:
+    """User mappings whose options, such as passwords, pg_dump leaves out without a word, as this role may not see them."""
+    # The condition is that of the view's own definition (src/backend/catalog/system_views.sql, pg_user_mappings).
+    statement = text(
+        "SELECT m.usename, m.srvname FROM pg_catalog.pg_user_mappings m"
+        " JOIN pg_catalog.pg_foreign_server s ON s.oid OPERATOR(pg_catalog.=) m.srvid"
+        " JOIN pg_catalog.pg_roles me ON me.rolname OPERATOR(pg_catalog.=) current_user"
+        " WHERE NOT me.rolsuper AND NOT CASE WHEN m.umuser OPERATOR(pg_catalog.=) CAST(0 AS oid)"
+        " THEN pg_catalog.pg_has_role(s.srvowner, 'USAGE') ELSE m.usename OPERATOR(pg_catalog.=) current_user"
+        " AND (pg_catalog.pg_has_role(s.srvowner, 'USAGE') OR pg_catalog.has_server_privilege(s.oid, 'USAGE')) END"
+        " ORDER BY 2, 1"
+    )
+    return [
+        f"options of the user mapping of {row.usename} on server {row.srvname}, which the backup's role may not see"
+        for row in reader.execute(statement)
+    ]
 
 
 def _count_rows(reader: Connection, operation: Operation) -> tuple[TableCount, ...]:

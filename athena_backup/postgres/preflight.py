@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts
-from athena_backup.postgres.rename import maintenance_session, side_name
+from athena_backup.postgres.rename import maintenance_session, side_name, subscriptions_of
 from athena_backup.postgres.sessions import Database, session, translated
 from athena_backup.postgres.staging import create_staging, facts_of, missing_roles, restoring_client
 
@@ -134,9 +134,16 @@ def _obstacles(connection: Connection, target: Database) -> list[AthenaError]:
             " JOIN pg_catalog.pg_roles me ON me.rolname OPERATOR(pg_catalog.=) current_user"
             " LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.usesysid"
             " WHERE a.datname OPERATOR(pg_catalog.=) :name AND a.pid <> pg_catalog.pg_backend_pid() AND NOT me.rolsuper"
-            " AND a.backend_type OPERATOR(pg_catalog.=) 'client backend' AND (coalesce(r.rolsuper, true)"
+            # Whom a role may not signal, of him it sees no backend_type either; what has no user is the server's own.
+            " AND coalesce(a.backend_type, 'client backend') OPERATOR(pg_catalog.=) 'client backend'"
+            " AND a.usesysid IS NOT NULL AND (coalesce(r.rolsuper, true)"
             " OR NOT (pg_catalog.pg_has_role(current_user, a.usesysid, 'USAGE')"
             " OR pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'USAGE')))"
+        ),
+        "a background worker bound to it, which would keep or lose its work with the switch: stop it first": (
+            "SELECT a.backend_type || ', pid ' || a.pid FROM pg_catalog.pg_stat_activity a"
+            " WHERE a.datname OPERATOR(pg_catalog.=) :name AND a.backend_type OPERATOR(pg_catalog.<>) ALL"
+            " (ARRAY['client backend', 'parallel worker', 'autovacuum worker', 'walsender'])"
         ),
     }
     faults: list[AthenaError] = []
@@ -147,7 +154,7 @@ def _obstacles(connection: Connection, target: Database) -> list[AthenaError]:
             faults.append(
                 FinalError(f"database {target.database} has {described} ({', '.join(found[:5])})", next_step=advice)
             )
-    subscriptions = _subscriptions(connection, target)
+    subscriptions = subscriptions_of(connection, target.database)
     if subscriptions:
         faults.append(
             FinalError(
@@ -156,15 +163,6 @@ def _obstacles(connection: Connection, target: Database) -> list[AthenaError]:
             )
         )
     return faults
-
-
-def _subscriptions(connection: Connection, target: Database) -> list[str]:
-    # pg_subscription is shared, but only superusers and owners of its columns may read subconninfo; names are public.
-    statement = text(
-        "SELECT s.subname FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d"
-        " ON d.oid OPERATOR(pg_catalog.=) s.subdbid WHERE d.datname OPERATOR(pg_catalog.=) :name"
-    )
-    return [str(name) for name in connection.execute(statement, {"name": target.database}).scalars()]
 
 
 def _extension_faults(inside: Connection, facts: DatabaseFacts) -> list[AthenaError]:

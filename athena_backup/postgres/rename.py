@@ -9,7 +9,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, text
 
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.operation import Operation
-from athena_backup.postgres.sessions import Database, quoted, run_sql, session, translated
+from athena_backup.postgres.sessions import Database, cancelled_with, quoted, run_sql, session
 
 IDENTIFIER_LIMIT_BYTES = 63
 _NAME_LIMIT_BYTES = 30
@@ -98,6 +98,10 @@ def drop_database(connection: Connection, name: str, oid: int) -> None:
         return
     if found != oid:
         raise FinalError(f"database {name} has OID {found}, not {oid}: it is not the one that was made, and it is kept")
+    # What was a template before it was replaced still is one, and no template can be dropped.
+    is_template = text("SELECT datistemplate FROM pg_catalog.pg_database WHERE oid OPERATOR(pg_catalog.=) :oid")
+    if connection.execute(is_template, {"oid": oid}).scalar_one():
+        run_sql(connection, f"ALTER DATABASE {quoted(name)} IS_TEMPLATE false")
     run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
 
 
@@ -121,6 +125,27 @@ def _is_side_of(name: str, database: str, restore_id: str | None) -> bool:
     return len(database.encode()) < _AMBIGUOUS_FROM_BYTES or found.group(2).startswith(_hash(database))
 
 
+def subscriptions_of(connection: Connection, database: str) -> list[str]:
+    """The names of a database's subscriptions, as any role may read them from any database of the server."""
+    statement = text(
+        "SELECT s.subname FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d"
+        " ON d.oid OPERATOR(pg_catalog.=) s.subdbid WHERE d.datname OPERATOR(pg_catalog.=) :name ORDER BY 1"
+    )
+    return [str(name) for name in connection.execute(statement, {"name": database}).scalars()]
+
+
+def forget_subscriptions(url: URL, names: Sequence[str]) -> None:
+    """Drop the subscriptions of a side database, which could not be dropped with them, without a word to their publishers.
+
+    Their slots are not the side database's: it shares them with the one that it was restored from or replaced by.
+    """
+    with session(url) as inside:
+        for name in names:
+            run_sql(inside, f"ALTER SUBSCRIPTION {quoted(name)} DISABLE")
+            run_sql(inside, f"ALTER SUBSCRIPTION {quoted(name)} SET (slot_name = NONE)")
+            run_sql(inside, f"DROP SUBSCRIPTION {quoted(name)}")
+
+
 @dataclass(frozen=True)
 class Switched:
     """What a switch did: the name that the replaced database has now, None where there was none."""
@@ -138,25 +163,33 @@ def switch_database(
     sessions kept coming back through all tries, `FinalError` when the staged database is not the one with this OID; the
     live database is untouched then.
     """
+    for attempt in range(1, _RENAME_TRIES + 1):
+        operation.check()
+        try:
+            # A session of its own for every try: where one was lost in the middle, the next sees whether it had committed.
+            with maintenance_session(database.url) as connection:
+                _fence(connection, namespace, operation)
+                return _switch(connection, database, staged_oid, restore_id, operation)
+        except AthenaError as error:
+            operation.check()  # a cancelled operation cancels RENAME in the server: that is no failure of it
+            if not error.passing or attempt == _RENAME_TRIES:
+                raise
+    raise AssertionError("the loop above returns or raises")
+
+
+def _switch(
+    connection: Connection, database: Database, staged_oid: int, restore_id: str, operation: Operation
+) -> Switched:
     staged_name = side_name(database.database, "r", restore_id)
     before_name = side_name(database.database, "b", restore_id)
-    with maintenance_session(database.url) as connection:
-        _fence(connection, namespace, operation)
-        for attempt in range(1, _RENAME_TRIES + 1):
-            operation.check()
-            live_oid = database_oid(connection, database.database)
-            if live_oid == staged_oid:  # a repeated call: the switch was done and only its answer was lost
-                return Switched(staged_oid, before_name)
-            if database_oid(connection, staged_name) != staged_oid:
-                raise FinalError(f"{staged_name} is not the database that was staged: somebody replaced it")
-            try:
-                with _terminating(database.url, [database.database, staged_name]):
-                    _rename(connection, database.database, live_oid, staged_name, before_name)
-                return Switched(staged_oid, before_name if live_oid is not None else None)
-            except sqlalchemy.exc.DBAPIError as error:
-                if not isinstance(translated(error), PassingError) or attempt == _RENAME_TRIES:
-                    raise
-        raise AssertionError("the loop above returns or raises")
+    live_oid = database_oid(connection, database.database)
+    if live_oid == staged_oid:  # a repeated call: the switch was done and only its answer was lost
+        return Switched(staged_oid, before_name)
+    if database_oid(connection, staged_name) != staged_oid:
+        raise FinalError(f"{staged_name} is not the database that was staged: somebody replaced it")
+    with _terminating(database.url, [database.database, staged_name]), cancelled_with(connection, operation):
+        _rename(connection, database.database, live_oid, staged_name, before_name)
+    return Switched(staged_oid, before_name if live_oid is not None else None)
 
 
 def _rename(connection: Connection, live: str, live_oid: int | None, staged: str, before: str) -> None:
@@ -168,7 +201,8 @@ def _rename(connection: Connection, live: str, live_oid: int | None, staged: str
         run_sql(connection, f"ALTER DATABASE {quoted(staged)} RENAME TO {quoted(live)}")
         run_sql(connection, "COMMIT")
     except BaseException:
-        with contextlib.suppress(sqlalchemy.exc.DBAPIError):
+        # On a lost session SQLAlchemy refuses even this, with an error of another kind that would hide the first.
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
             run_sql(connection, "ROLLBACK")
         raise
 

@@ -6,6 +6,7 @@ be incomplete or different ("PostgreSQL", section 2). Passwords go into environm
 
 import contextlib
 import os
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,18 +23,50 @@ from athena_backup.operation import Operation
 CONNECT_SECONDS = 10
 APPLICATION_NAME = "athena-backup"
 
-# libpq's own names for what a URL may carry besides host, port, user, password and database (libpq, 34.15).
+# What a URL may carry besides host, port, user, password and database, with the variable by which a child is told the same
+# (libpq, 34.15). A parameter without one would hold for our sessions and not for pg_dump's: such are refused.
 _LIBPQ_VARIABLES = {
-    "sslmode": "PGSSLMODE",
-    "sslrootcert": "PGSSLROOTCERT",
-    "sslcert": "PGSSLCERT",
-    "sslkey": "PGSSLKEY",
     "channel_binding": "PGCHANNELBINDING",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-    "options": "PGOPTIONS",
+    "gssdelegation": "PGGSSDELEGATION",
+    "gssencmode": "PGGSSENCMODE",
+    "gsslib": "PGGSSLIB",
     "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
+    "krbsrvname": "PGKRBSRVNAME",
+    "load_balance_hosts": "PGLOADBALANCEHOSTS",
+    "options": "PGOPTIONS",
+    "passfile": "PGPASSFILE",
     "port": "PGPORT",
+    "require_auth": "PGREQUIREAUTH",
+    "requirepeer": "PGREQUIREPEER",
+    "service": "PGSERVICE",
+    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "sslcert": "PGSSLCERT",
+    "sslcertmode": "PGSSLCERTMODE",
+    "sslcrl": "PGSSLCRL",
+    "sslcrldir": "PGSSLCRLDIR",
+    "sslkey": "PGSSLKEY",
+    "sslmode": "PGSSLMODE",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslsni": "PGSSLSNI",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
+# What `session` and `libpq_environment` set themselves, whatever a URL says.
+_OURS = frozenset(
+    {
+        "application_name",
+        "client_encoding",
+        "connect_timeout",
+        "fallback_application_name",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "tcp_user_timeout",
+    }
+)
 
 # Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
 _SESSION_SETTINGS = {
@@ -51,6 +84,9 @@ _SESSION_SETTINGS = {
     "default_transaction_read_only": "off",
     "default_transaction_isolation": "read committed",
 }
+
+# The driver has no codec for these. The bytes of SQL_ASCII mean nothing: as LATIN1 each comes and goes as it is.
+_CLIENT_ENCODINGS = {"SQL_ASCII": "LATIN1", "EUC_TW": "UTF8"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +135,18 @@ def parse_database_url(name: str, url_text: str) -> URL:
             f"the URL of database {name} is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
             next_step="only PostgreSQL databases can be components, each with its own name at the URL's end",
         )
-    return url.set(drivername="postgresql")
+    query = {key: value for key, value in url.query.items() if key not in _OURS}
+    # libpq takes these two here as well; in the query a password would be shown wherever the URL is.
+    user, password = query.pop("user", url.username), query.pop("password", url.password)
+    unknown = sorted(query.keys() - _LIBPQ_VARIABLES.keys())
+    if unknown or not isinstance(user, str | None) or not isinstance(password, str | None):
+        raise FinalError(
+            f"the URL of database {name} has parameters that can't be used: {', '.join(unknown) or 'user, password'}",
+            next_step="leave them out; libpq's own, such as sslmode and sslrootcert, may be given",
+        )
+    # SQLAlchemy decodes user and password, but not the database, which libpq decodes too.
+    database = urllib.parse.unquote(url.database)
+    return URL.create("postgresql", user, password, url.host, url.port, database, query)
 
 
 def libpq_environment(url: URL) -> dict[str, str]:
@@ -137,6 +184,7 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
             "application_name": APPLICATION_NAME,
+            "client_encoding": "UTF8",  # until the server's own is known; of SQL_ASCII the driver would make bytes
             "keepalives": 1,
             "keepalives_idle": 30,
             "keepalives_interval": 10,
@@ -147,8 +195,8 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
     )
     try:
         with engine.connect() as connection:
-            _apply(
-                connection, {**_SESSION_SETTINGS, "client_encoding": _server_encoding(connection), **(settings or {})}
+            apply_settings(
+                connection, {**_SESSION_SETTINGS, "client_encoding": _client_encoding(connection), **(settings or {})}
             )
             yield connection
     except sqlalchemy.exc.DBAPIError as error:
@@ -157,14 +205,21 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
         engine.dispose()
 
 
-def _server_encoding(connection: Connection) -> str:
+def _client_encoding(connection: Connection) -> str:
     encoding: str = connection.execute(text("SELECT pg_catalog.current_setting('server_encoding')")).scalar_one()
-    # The driver can decode every server encoding but SQL_ASCII, whose bytes mean nothing; those come as they are.
-    return encoding
+    return _CLIENT_ENCODINGS.get(encoding, encoding)
 
 
-def _apply(connection: Connection, settings: Mapping[str, str]) -> None:
-    # Only what this server knows: transaction_timeout came with 17, idle_session_timeout with 14.
+def codec(connection: Connection) -> str:
+    """The name of Python's codec for the bytes that ``connection`` sends and takes."""
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError("only sessions of psycopg have a codec")
+    return driver.info.encoding
+
+
+def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
+    """Set what of ``settings`` this server knows, for the session: transaction_timeout came with 17, for example."""
     for name, value in settings.items():
         connection.execute(
             text(

@@ -5,9 +5,11 @@ manifest holds, loaded by `pg_restore` from the stored stream, compared with wha
 dump of one database holds ("PostgreSQL", section 3). The live database is not touched by anything here.
 """
 
+import contextlib
 import os
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,9 +22,18 @@ from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_stream
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.rename import database_oid, drop_database, maintenance_session, side_databases, side_name
+from athena_backup.postgres.rename import (
+    database_oid,
+    drop_database,
+    forget_subscriptions,
+    maintenance_session,
+    side_databases,
+    side_name,
+    subscriptions_of,
+)
 from athena_backup.postgres.sessions import (
     Database,
+    apply_settings,
     cancelled_with,
     connection_string,
     libpq_environment,
@@ -30,14 +41,18 @@ from athena_backup.postgres.sessions import (
     run_sql,
     session,
 )
-from athena_backup.process import running
+from athena_backup.process import Ended, running
 from athena_backup.store import Store
 
 # These would hinder the loading's own later sessions, so they come last ("PostgreSQL", section 3).
 _LAST_SETTINGS = ("default_transaction_read_only", "session_preload_libraries", "local_preload_libraries")
 _LOCALE_PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
-# Setting one of these in our session, to take it over with FROM CURRENT, would change who we are.
-_IDENTITY_SETTINGS = ("role", "session_authorization")
+# The parameters whose value is a list of identifiers; pg_dump has the same table (variable_is_guc_list_quote), since no
+# catalog tells, and extensions may not add to it.
+_LIST_SETTINGS = ("local_preload_libraries", "search_path", "session_preload_libraries", "temp_tablespaces")
+_LIST_ITEM = re.compile(r'"((?:[^"]|"")*)"|([^",\s]+)')
+# pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
+_TRANSACTION_TIMEOUT_SINCE = 170_000
 
 
 @dataclass(frozen=True)
@@ -68,10 +83,16 @@ def missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
 
 
 def create_staging(connection: Connection, facts: DatabaseFacts, target: Database, restore_id: str) -> None:
-    """Create the staging database and the roles that the destination lacks; a staging that exists already is kept."""
+    """Create the staging database and the roles that the destination lacks.
+
+    Raises `FinalError` if there is a database of that name: another component of this restore is the same database.
+    """
     name = side_name(target.database, "r", restore_id)
     if database_oid(connection, name) is not None:
-        return
+        raise FinalError(
+            f"{name} exists already: another component restores into database {target.database} too",
+            next_step="remove one of the two from ATHENA_DATABASES",
+        )
     create_missing_roles(connection, facts)
     run_sql(connection, f"CREATE DATABASE {quoted(name)} {_properties(connection, facts)}")
 
@@ -102,8 +123,13 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
 
 
 def create_missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
-    """Create the roles that the destination lacks, without a login or any power; memberships only among those."""
+    """Create the roles that the destination lacks, without a login or any power; memberships only among those.
+
+    One exception: whoever creates them without being a superuser becomes a member, or he could make nothing theirs.
+    """
     missing = missing_roles(connection, facts)
+    # Since version 16 who creates a role may administer it but not be it (manual, "createrole_self_grant").
+    apply_settings(connection, {"createrole_self_grant": "set, inherit"})
     for name in missing:
         run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN")
     for role in facts.roles:
@@ -130,15 +156,16 @@ def stage_database(
     facts = facts_of(component)
     operation.expect(component.name, component.raw_size_bytes)
     with maintenance_session(target.url) as connection:
-        create_staging(connection, facts, target, restore_id)
         name = side_name(target.database, "r", restore_id)
+        if database_oid(connection, name) is None:  # preflight's was thrown away with a failed try
+            create_staging(connection, facts, target, restore_id)
         oid = database_oid(connection, name)
         server = connection.execute(text("SELECT pg_catalog.current_setting('server_version_num')::int")).scalar_one()
     if oid is None:
         raise FinalError(f"the staging database {name} vanished while it was made")
     client = restoring_client(facts, server, client_directories)
     staging_url = target.url.set(database=name)
-    _load(component, Database(component.name, staging_url), client, store, operation)
+    _load(component, Database(component.name, staging_url), client, server, store, operation)
     with session(staging_url) as inside, cancelled_with(inside, operation):
         inside.execute(text("ANALYZE"))
         _prove(inside, facts, component.name)
@@ -155,9 +182,14 @@ def restoring_client(facts: DatabaseFacts, server: int, directories: Sequence[Pa
     return client
 
 
-def _load(component: Component, staging: Database, client: Path, store: Store, operation: Operation) -> None:
+def _load(
+    component: Component, staging: Database, client: Path, server: int, store: Store, operation: Operation
+) -> None:
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(staging.url)}
-    command = [str(client), "--exit-on-error", "--no-password", f"--dbname={connection_string(staging.database)}"]
+    command = [str(client), "--no-password", f"--dbname={connection_string(staging.database)}"]
+    sets_unknown = server < _TRANSACTION_TIMEOUT_SINCE <= client_version(client)
+    if not sets_unknown:
+        command.append("--exit-on-error")
     with running(command, operation, environment=environment, reads=True) as child:
         feeding = _Feeding(child.stdin, component, store, operation)
         thread = threading.Thread(target=feeding.run, name=f"feed-{component.name}", daemon=True)
@@ -165,12 +197,27 @@ def _load(component: Component, staging: Database, client: Path, store: Store, o
         ended = child.wait(operation)
         # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
         thread.join()
+    operation.check()  # a cancelled operation kills the child: that is no failure of pg_restore
     if feeding.error is not None:
         raise feeding.error
-    if ended.exit_code != 0:
+    if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):
         raise FinalError(ended.how(), next_step="the live database is untouched; correct the cause and restore again")
     if not feeding.finished:
         raise FinalError("pg_restore ended before it had read the whole dump")
+
+
+def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
+    """Whether the one error of a `pg_restore` that went on after errors was that the server is too old for that setting.
+
+    A dump of `pg_dump` 17 or newer can be read by no older `pg_restore`, so there is none that suits an older server.
+    """
+    errors = [line for line in ended.stderr if line.startswith("pg_restore: error:")]
+    return (
+        ended.exit_code == 1
+        and len(errors) == 1
+        and "Command was: SET transaction_timeout = 0;" in ended.stderr
+        and ended.stderr[-1] == "pg_restore: warning: errors ignored on restore: 1"
+    )
 
 
 class _Feeding:
@@ -238,45 +285,55 @@ def dress(inside: Connection, name: str, facts: DatabaseFacts) -> None:
     for label in facts.labels:
         run_sql(inside, f"SECURITY LABEL FOR {quoted(label.provider)} ON DATABASE {own} IS {_literal(label.label)}")
     if facts.acl is not None:
-        _grant(inside, own, facts.acl)
+        _grant(inside, own, facts.owner, facts.acl)
     run_sql(inside, f"ALTER DATABASE {own} CONNECTION LIMIT {facts.connection_limit:d}")
     for setting in sorted(facts.settings, key=lambda one: one.name in _LAST_SETTINGS):
         _apply_setting(inside, own, setting)
 
 
-def _grant(inside: Connection, own: str, acl: Sequence[str]) -> None:
-    run_sql(inside, f"REVOKE ALL ON DATABASE {own} FROM PUBLIC")
+def _grant(inside: Connection, own: str, owner: str, acl: Sequence[str]) -> None:
+    # The owner's own rights can be revoked too, and an ACL can be empty: nobody but superusers may then connect.
+    run_sql(inside, f"REVOKE ALL ON DATABASE {own} FROM PUBLIC, {quoted(owner)}")
+    if not acl:
+        return
+    # In the order of the ACL: who passes a right on stands behind the entry that gave it to him.
     rows = inside.execute(
         text(
-            "SELECT a.privilege_type, a.is_grantable, r.rolname FROM"
-            " pg_catalog.aclexplode(CAST(:acl AS pg_catalog.aclitem[])) a"
-            " LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.grantee ORDER BY r.rolname, a.privilege_type"
+            "SELECT a.privilege_type, a.is_grantable, r.rolname AS grantee, g.rolname AS grantor FROM"
+            " pg_catalog.aclexplode(CAST(:acl AS pg_catalog.aclitem[])) WITH ORDINALITY a"
+            " LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.grantee"
+            " LEFT JOIN pg_catalog.pg_roles g ON g.oid OPERATOR(pg_catalog.=) a.grantor ORDER BY a.ordinality"
         ),
         {"acl": list(acl)},
     ).all()
     for row in rows:
-        grantee = "PUBLIC" if row.rolname is None else quoted(row.rolname)
+        grantee = "PUBLIC" if row.grantee is None else quoted(row.grantee)
         option = " WITH GRANT OPTION" if row.is_grantable else ""
-        run_sql(inside, f"GRANT {row.privilege_type} ON DATABASE {own} TO {grantee}{option}")
+        with _acting_as(inside, None if row.grantor in (None, owner) else row.grantor):
+            run_sql(inside, f"GRANT {row.privilege_type} ON DATABASE {own} TO {grantee}{option}")
+
+
+@contextlib.contextmanager
+def _acting_as(inside: Connection, role: str | None) -> Iterator[None]:
+    """Be ``role`` for the block, so that it is the grantor; whoever may not be it grants the same right himself."""
+    if role is not None:
+        with contextlib.suppress(sqlalchemy.exc.DBAPIError):
+            run_sql(inside, f"SET ROLE {quoted(role)}")
+    try:
+        yield
+    finally:
+        if role is not None:
+            run_sql(inside, "RESET ROLE")
 
 
 def _apply_setting(inside: Connection, own: str, setting: Setting) -> None:
     whom = f"DATABASE {own}" if setting.role is None else f"ROLE {quoted(setting.role)} IN DATABASE {own}"
     parameter = ".".join(quoted(step) for step in setting.name.split("."))
-    if setting.name.lower() not in _IDENTITY_SETTINGS:
-        # Lists such as search_path are stored unquoted; taking the value over from a session keeps them lists.
-        try:
-            inside.execute(
-                text("SELECT pg_catalog.set_config(:name, :value, false)"),
-                {"name": setting.name, "value": setting.value},
-            )
-            run_sql(inside, f"ALTER {whom} SET {parameter} FROM CURRENT")
-            return
-        except sqlalchemy.exc.DBAPIError:
-            pass  # a parameter that no session may set; its value is then no list either
-        finally:
-            run_sql(inside, f"RESET {parameter}")
-    run_sql(inside, f"ALTER {whom} SET {parameter} TO {_literal(setting.value)}")
+    values = [setting.value]
+    if setting.name.lower() in _LIST_SETTINGS:
+        # Stored as a list of identifiers, which one constant would make into one identifier.
+        values = [quoted_one.replace('""', '"') or plain for quoted_one, plain in _LIST_ITEM.findall(setting.value)]
+    run_sql(inside, f"ALTER {whom} SET {parameter} TO {', '.join(_literal(value) for value in values or [''])}")
 
 
 def discard_staging(target: Database, restore_id: str | None = None) -> list[str]:
@@ -287,6 +344,9 @@ def discard_staging(target: Database, restore_id: str | None = None) -> list[str
     dropped = []
     with maintenance_session(target.url) as connection:
         for name, oid in side_databases(connection, target.database, restore_id).items():
+            subscriptions = subscriptions_of(connection, name)
+            if subscriptions:
+                forget_subscriptions(target.url.set(database=name), subscriptions)
             drop_database(connection, name, oid)
             dropped.append(name)
     return dropped

@@ -13,8 +13,10 @@ from psycopg.conninfo import make_conninfo
 
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.operation import Operation
+from athena_backup.postgres import cut as cut_module
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.embedded import EmbeddedServer
+from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import Database
 
 
@@ -103,6 +105,70 @@ def test_truncate_and_a_rewriting_alter_wait_until_the_cut_is_let_go(postgres: E
             assert scalar(postgres, database, snapshot, "SELECT count(*) FROM t") == 1000
             assert scalar(postgres, database, snapshot, "SELECT count(*) FROM u") == 1000
         admin.execute("TRUNCATE t")
+
+
+def test_a_table_made_between_the_locks_and_the_snapshot_is_locked_before_it_is_read(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as admin:
+        begin, late = cut_module._begin_snapshot, iter(["CREATE TABLE late AS SELECT generate_series(1, 10) i"])
+
+        def make_a_table_first(held: Held) -> None:
+            for statement in late:
+                admin.execute(statement)
+            begin(held)
+
+        monkeypatch.setattr(cut_module, "_begin_snapshot", make_a_table_first)
+        with hold_cut([database], Operation()) as cut:
+            held = cut.of(database.name)
+            assert scalar(postgres, database, held.snapshot, "SELECT count(*) FROM late") == 10
+            locked = admin.execute("SELECT pid FROM pg_locks WHERE relation = 'late'::regclass").fetchall()
+            assert {pid for (pid,) in locked} == {held.locks_pid, held.reader_pid}
+
+
+def test_a_table_dropped_before_it_is_locked_is_no_fault(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as admin:
+        admin.execute("CREATE SCHEMA s; CREATE TABLE s.gone (i int); CREATE TABLE t (i int)")
+        lock, early = cut_module._lock, iter(["DROP SCHEMA s CASCADE"])
+
+        def drop_a_table_first(*arguments: object) -> None:
+            for statement in early:
+                admin.execute(statement)
+            lock(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(cut_module, "_lock", drop_a_table_first)
+        with hold_cut([database], Operation()) as cut:
+            assert [name for _, _, name in cut.of(database.name).locked] == ["public.t"]
+
+
+@pytest.mark.parametrize("step", ["_begin_snapshot", "_take_snapshot", "_look_at_tables"])
+def test_a_holder_lost_while_the_snapshots_are_taken_is_a_fault_of_that_database_alone(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with made_databases(postgres, 2) as [broken, whole], connected(postgres, "postgres") as admin:
+        take = getattr(cut_module, step)
+
+        def end_it_first(held: Held) -> None:
+            if held.database == broken:
+                admin.execute("SELECT pg_terminate_backend(%s, 5000)", (held.reader_pid,))
+            take(held)
+
+        monkeypatch.setattr(cut_module, step, end_it_first)
+        with hold_cut([broken, whole], Operation()) as cut:
+            cut.of(whole.name)
+            assert set(cut.faults) == {broken.name}
+            assert "terminating connection" in str(cut.faults[broken.name])
+
+
+def test_time_outs_of_the_database_do_not_end_the_holders(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [database], connected(postgres, "postgres") as admin:
+        for name in ("idle_in_transaction_session_timeout", "idle_session_timeout", "transaction_timeout"):
+            admin.execute(f"ALTER DATABASE {database.database} SET {name} = '300ms'")
+        with hold_cut([database], Operation()) as cut:
+            time.sleep(1)
+            cut.of(database.name).prove()
 
 
 def test_a_database_that_cannot_be_reached_stops_no_other(postgres: EmbeddedServer) -> None:

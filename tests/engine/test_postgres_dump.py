@@ -23,7 +23,7 @@ from athena_backup.postgres import dump
 from athena_backup.postgres.clients import find_client
 from athena_backup.postgres.cut import Cut, hold_cut
 from athena_backup.postgres.dump import write_database
-from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database
 from athena_backup.store import Entry
 from athena_backup.store.local import LocalStore
@@ -285,6 +285,26 @@ def test_what_an_owner_s_dump_leaves_out_stands_in_the_manifest(
     assert facts(component).owner == owner.url.username
 
 
+def test_options_of_user_mappings_that_an_owner_may_not_see_stand_in_the_manifest_as_omitted(
+    postgres: EmbeddedServer, owner: Database, local_store: LocalStore
+) -> None:
+    with connected(postgres, owner.database) as admin:
+        admin.execute("CREATE EXTENSION postgres_fdw; CREATE SERVER far FOREIGN DATA WRAPPER postgres_fdw")
+        admin.execute("CREATE USER MAPPING FOR postgres SERVER far OPTIONS (password 'hush')")
+        admin.execute(f"GRANT USAGE ON FOREIGN SERVER far TO {owner.url.username}")
+        admin.execute(f"CREATE USER MAPPING FOR {owner.url.username} SERVER far OPTIONS (password 'seen')")
+        dumped = {}
+        for name, database in (("owner", owner), ("superuser", Database("all", owner.url.set(username="postgres")))):
+            with hold_cut([database], Operation()) as cut:
+                dumped[name] = back_up(database, local_store, cut)
+        admin.execute("DROP EXTENSION postgres_fdw CASCADE")
+    assert facts(dumped["superuser"]).omitted == ()
+    [omitted] = facts(dumped["owner"]).omitted
+    assert "user mapping of postgres on server far" in omitted
+    [stream] = dumped["owner"].streams
+    assert b"hush" not in b"".join(read_stream("gitserver", stream.parts, local_store, Operation()))
+
+
 @pytest.mark.parametrize(
     ("line", "message"), [("pg_dump: warning: a strange thing", "a strange thing"), ("gibberish", "gibberish")]
 )
@@ -304,3 +324,27 @@ def test_a_warning_that_is_not_known_fails_the_dump(
 def test_a_pg_dump_that_is_too_old_is_refused_with_what_to_do() -> None:
     with pytest.raises(FinalError, match=r"version 99 or newer is needed: .*pg_dump is 18.*install the PostgreSQL 99"):
         find_client("pg_dump", 990_000, [binaries()])
+
+
+def test_rows_of_an_extensions_configuration_are_dumped_and_its_other_tables_are_not_touched(
+    local_store: LocalStore, tmp_path: Path
+) -> None:
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    (extension / "kept.control").write_text("default_version = '1'\nschema = kept\n")
+    (extension / "kept--1.sql").write_text(
+        "CREATE TABLE hidden (i int); CREATE TABLE config (i int, ours bool); INSERT INTO config VALUES (0, false);"
+        "SELECT pg_catalog.pg_extension_config_dump('config', 'WHERE ours'); REVOKE ALL ON hidden FROM PUBLIC"
+    )
+    with embedded_server(tmp_path / "data", {"extension_control_path": f"$system:{tmp_path}"}) as server:
+        with connected(server, "postgres") as admin:
+            admin.execute("CREATE ROLE plain LOGIN")
+            admin.execute("CREATE DATABASE extended OWNER plain")
+        with connected(server, "extended") as admin:
+            admin.execute("CREATE EXTENSION kept; INSERT INTO kept.config VALUES (7, true)")
+            admin.execute("GRANT USAGE ON SCHEMA kept TO plain; GRANT SELECT ON kept.config TO plain")
+        database = Database("extended", server.url("extended", user="plain"))
+        with hold_cut([database], Operation()) as cut:
+            component = back_up(database, local_store, cut)
+        with restored(component, local_store, server) as copy:
+            assert copy.execute("SELECT i, ours FROM kept.config ORDER BY i").fetchall() == [(0, False), (7, True)]

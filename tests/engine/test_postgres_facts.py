@@ -1,11 +1,13 @@
 """What no dump of one database holds is in the manifest, whole, and an ordinary owner may read it."""
 
+import threading
 from collections.abc import Iterator
 from uuid import uuid4
 
 import psycopg
 import pytest
 
+from athena_backup.errors import CancelledError, FinalError
 from athena_backup.manifest import DatabaseFacts
 from athena_backup.operation import Operation
 from athena_backup.postgres.cut import hold_cut
@@ -78,3 +80,25 @@ def test_every_role_that_something_in_the_database_names_is_there_and_no_other(
     assert (grantee.can_login, grantee.create_database, grantee.connection_limit) == (False, True, 3)
     # The bootstrap superuser owns t; the server tracks its dependencies nowhere.
     assert "postgres" in found
+
+
+def test_a_cancelled_count_is_a_cancelled_operation(postgres: EmbeddedServer, database: str) -> None:
+    with psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", dbname=database) as inside:
+        inside.execute("CREATE TABLE big AS SELECT generate_series(1, 3000000) i")
+    operation = Operation()
+    with hold_cut([Database("one", postgres.url(database))], Operation()) as cut:
+        threading.Timer(0.1, lambda: operation.cancel("somebody cancelled it")).start()
+        with pytest.raises(CancelledError, match="somebody"):
+            while True:
+                read_facts(cut.of("one"), operation)
+
+
+def test_a_holder_lost_before_it_counts_fails_for_good(postgres: EmbeddedServer, database: str) -> None:
+    with (
+        psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", autocommit=True) as admin,
+        hold_cut([Database("one", postgres.url(database))], Operation()) as cut,
+    ):
+        held = cut.of("one")
+        admin.execute("SELECT pg_terminate_backend(%s, 5000)", (held.reader_pid,))
+        with pytest.raises(FinalError, match="held the snapshot was lost"):
+            read_facts(held, Operation())

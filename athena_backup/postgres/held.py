@@ -1,0 +1,111 @@
+"""One database of the cut: the two sessions that hold it, how their loss is seen, and who waits for their locks.
+
+`cut` makes these and watches over them; whoever reads under the snapshot goes through `Held.reader` or imports its snapshot.
+"""
+
+import contextlib
+import select
+import threading
+from datetime import datetime
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import Connection, text
+
+from athena_backup.errors import AthenaError, FinalError
+from athena_backup.manifest import Server
+from athena_backup.postgres.sessions import Database, ServerIdentity, identity, translated
+
+Table = tuple[int, int, str]
+"""A table as a holder sees it: OID, file node, quoted name."""
+
+
+class Held:
+    """One database of the cut: its exported snapshot, and the two sessions that keep it readable."""
+
+    def __init__(self, database: Database, locks: Connection, reader: Connection) -> None:
+        self.database = database
+        self.locks = locks
+        self.reader = reader
+        self.identity: ServerIdentity = identity(locks)
+        self.oid: int = locks.execute(
+            text(
+                "SELECT oid::bigint FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"
+            )
+        ).scalar_one()
+        self.locks_pid: int = locks.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+        self.reader_pid: int = reader.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+        self.locked: list[Table] = []
+        self.snapshot_text = ""
+        self.stands_still = False
+        self.snapshot = ""
+        self.taken_at: datetime | None = None
+        self.server: Server | None = None
+        self.lost: AthenaError | None = None
+        self.locks_lock = threading.Lock()
+        self.reader_lock = threading.Lock()
+        """psycopg's sessions are for one thread at a time; whoever reads through S holds this."""
+
+    def check(self) -> None:
+        """Raise if a holder was lost: nothing that is read from now on belongs to the cut."""
+        if self.lost is not None:
+            raise self.lost
+
+    def prove(self) -> None:
+        """Raise unless both holders answer at this moment: then all that was read under them until now is whole."""
+        self.check()
+        try:
+            with self.locks_lock:
+                ping(self.locks)
+            with self.reader_lock:
+                ping(self.reader)
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            self.lost = self.lost or lost_holder(error)
+        self.check()
+
+    def is_readable(self) -> bool:
+        """Whether the server sent something on an idle session of ours: it does so when it ends one."""
+        poll = select.poll()
+        for connection in (self.locks, self.reader):
+            driver = connection.connection.driver_connection
+            if not isinstance(driver, psycopg.Connection) or driver.closed:
+                return True
+            poll.register(driver.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def waiting(self) -> list[str]:
+        """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them.
+
+        Empty where a lost holder can't be asked any more.
+        """
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+            return [f"pid {pid} waits with {query!r}" for pid, query in waiting_for(self)]
+        return []
+
+
+def ping(connection: Connection) -> None:
+    """Have the server answer something; raises SQLAlchemy's errors where it doesn't."""
+    connection.execute(text("SELECT 1")).scalar_one()
+
+
+def lost_holder(error: sqlalchemy.exc.SQLAlchemyError) -> FinalError:
+    """What a failed ping means for everything that is read under the holder."""
+    cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
+    return FinalError(
+        f"a session that held the snapshot was lost: {cause}",
+        next_step="find out who ended it; the next backup starts anew",
+        step="holding the snapshot",
+    )
+
+
+def waiting_for(held: Held) -> list[tuple[int, str]]:
+    """Who waits for the holder's locks: pid and statement; raises SQLAlchemy's errors."""
+    # pg_locks shows everybody's waiting; pg_stat_activity shows the statements of others to the privileged only.
+    statement = text(
+        "SELECT DISTINCT l.pid, coalesce(a.query, 'an unknown statement') FROM pg_catalog.pg_locks l"
+        " LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid"
+        " WHERE NOT l.granted AND :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid)) ORDER BY 1"
+    )
+    with held.locks_lock:
+        rows = held.locks.execute(statement, {"pid": held.locks_pid}).all()
+    return [(row[0], " ".join(row[1].split())[:200]) for row in rows]

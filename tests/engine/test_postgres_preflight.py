@@ -1,0 +1,130 @@
+"""What would block the switch of a database or be lost by it is found before anything live is touched."""
+
+import time
+
+from round_trip import RESTORE, Make, dump
+
+from athena_backup.errors import AthenaError
+from athena_backup.manifest import Component
+from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.preflight import preflight_database
+from athena_backup.postgres.sessions import Database, run_sql, session
+from athena_backup.store.local import LocalStore
+
+
+def faults_of(component: Component, database: Database) -> str:
+    found: list[AthenaError] = preflight_database(component, database, RESTORE, [binaries()])
+    return "; ".join(str(fault) for fault in found)
+
+
+def test_a_prepared_transaction(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("prepared", "CREATE TABLE t (i integer)")
+    component = dump(database, local_store)
+    with session(database.url) as connection:
+        for statement in ("BEGIN", "INSERT INTO public.t VALUES (1)", "PREPARE TRANSACTION 'stuck'"):
+            run_sql(connection, statement)
+        assert "prepared transaction" in faults_of(component, database)
+        assert "stuck" in faults_of(component, database)
+        run_sql(connection, "ROLLBACK PREPARED 'stuck'")
+    assert faults_of(component, database) == ""
+
+
+def test_a_logical_replication_slot(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("slotted")
+    component = dump(database, local_store)
+    with session(database.url) as connection:
+        run_sql(connection, "SELECT pg_create_logical_replication_slot('keeper', 'test_decoding')")
+        assert "replication slot" in faults_of(component, database)
+        run_sql(connection, "SELECT pg_drop_replication_slot('keeper')")
+
+
+def test_a_subscription(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("subscribed")
+    component = dump(database, local_store)
+    with session(database.url) as connection:
+        run_sql(connection, "CREATE SUBSCRIPTION feed CONNECTION 'dbname=x' PUBLICATION p WITH (connect = false)")
+        assert "subscriptions (feed)" in faults_of(component, database)
+        run_sql(connection, "ALTER SUBSCRIPTION feed SET (slot_name = NONE)")
+        run_sql(connection, "DROP SUBSCRIPTION feed")
+
+
+def test_a_role_that_may_not_create_databases_and_an_owner_that_it_is_not(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE ROLE weak LOGIN")
+    database = make_database("strong", "CREATE TABLE t (i integer)")
+    component = dump(database, local_store)
+    faults = faults_of(component, Database("strong", database.url.set(username="weak")))
+    assert "may not create databases" in faults
+    assert "belongs to postgres" in faults
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP ROLE weak")
+
+
+def test_a_set_from_a_newer_server(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("newer")
+    component = dump(database, local_store)
+    assert component.server is not None
+    newer = component.model_copy(update={"server": component.server.model_copy(update={"version": 190000})})
+    assert "PostgreSQL 19" in faults_of(newer, database)
+
+
+def test_an_extension_that_the_destination_lacks(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("extended")
+    component = dump(database, local_store)
+    assert component.database is not None
+    extension = component.database.extensions[0].model_copy(update={"name": "postgis"})
+    facts = component.database.model_copy(update={"extensions": (extension,)})
+    assert "postgis" in faults_of(component.model_copy(update={"database": facts}), database)
+
+
+def test_a_session_that_an_ordinary_owner_may_not_end(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE ROLE humble LOGIN CREATEDB")
+    database = make_database("watched", "CREATE TABLE t (i integer)", owner="humble")
+    component = dump(database, local_store)
+    with session(database.url.set(username="postgres")) as other:
+        pid = run_sql(other, "SELECT pg_backend_pid()").scalar_one()
+        assert f"may not terminate (pid {pid} of postgres)" in faults_of(component, database)
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE watched WITH (FORCE)")
+        run_sql(connection, "DROP ROLE humble")
+
+
+def test_a_background_worker_bound_to_the_database(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    publisher = make_database("speaking", "CREATE TABLE t (i integer); CREATE PUBLICATION p FOR TABLE t")
+    database = make_database("hearing", "CREATE TABLE t (i integer)")
+    component = dump(database, local_store)
+    with session(publisher.url) as source, session(database.url) as connection:
+        run_sql(source, "SELECT pg_create_logical_replication_slot('heard', 'pgoutput')")
+        run_sql(
+            connection,
+            f"CREATE SUBSCRIPTION feed CONNECTION 'host=127.0.0.1 port={postgres.port} dbname=speaking user=postgres'"
+            " PUBLICATION p WITH (create_slot = false, slot_name = 'heard')",
+        )
+        try:
+            deadline = time.monotonic() + 20
+            while "background worker" not in (found := faults_of(component, database)):
+                assert time.monotonic() < deadline, found
+                time.sleep(0.1)
+            assert "logical replication apply worker, pid " in found
+        finally:
+            run_sql(connection, "ALTER SUBSCRIPTION feed DISABLE")
+            run_sql(connection, "ALTER SUBSCRIPTION feed SET (slot_name = NONE)")
+            run_sql(connection, "DROP SUBSCRIPTION feed")
+            while run_sql(source, "SELECT count(*) FROM pg_replication_slots WHERE active").scalar_one():
+                time.sleep(0.1)
+            run_sql(source, "SELECT pg_drop_replication_slot('heard')")
+
+
+def test_two_components_that_restore_into_one_database(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("shared_by_two")
+    component = dump(database, local_store)
+    assert faults_of(component, database) == ""
+    twin = Database("twin", database.url.set(host="localhost"))
+    assert "another component restores into database shared_by_two too" in faults_of(component, twin)

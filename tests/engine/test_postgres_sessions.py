@@ -1,0 +1,85 @@
+"""A database's URL means the same to our sessions and to pg_dump, and its password is seen nowhere."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from athena_backup.errors import FinalError
+from athena_backup.names import SetId
+from athena_backup.operation import Operation
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_database, write_globals
+from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.preflight import preflight_database
+from athena_backup.postgres.sessions import Database, libpq_environment, parse_database_url
+from athena_backup.postgres.staging import stage_database
+from athena_backup.store.local import LocalStore
+
+SET = SetId.parse("app/2023-02-02t16-00-00", "app")
+
+
+def test_every_part_of_a_url_may_be_percent_encoded() -> None:
+    url = parse_database_url("asp", "postgresql://us%40er:p%3Aa%2Fs%25s@host:5433/my%20d%3Fb%25")
+    assert (url.username, url.password, url.database) == ("us@er", "p:a/s%s", "my d?b%")
+
+
+def test_a_child_is_told_what_the_session_is_told() -> None:
+    parameters = "sslmode=verify-full&sslcrl=/crl&require_auth=scram-sha-256&hostaddr=10.0.0.1&connect_timeout=1"
+    environment = libpq_environment(parse_database_url("asp", f"postgresql://u:p@host/asp?{parameters}"))
+    wanted = {
+        "PGSSLMODE": "verify-full",
+        "PGSSLCRL": "/crl",
+        "PGREQUIREAUTH": "scram-sha-256",
+        "PGHOSTADDR": "10.0.0.1",
+        "PGCONNECT_TIMEOUT": "10",
+    }
+    assert wanted.items() <= environment.items()
+
+
+@pytest.mark.parametrize("parameter", ["sslpassword=hush", "no_such=1", "password=hush&password=hush"])
+def test_a_parameter_that_a_child_could_not_be_told_is_refused_without_its_value(parameter: str) -> None:
+    with pytest.raises(FinalError, match="parameters that can't be used") as caught:
+        parse_database_url("asp", f"postgresql://host/asp?{parameter}")
+    assert "hush" not in str(caught.value)
+
+
+def test_a_password_among_the_parameters_is_hidden_like_one_before_the_host() -> None:
+    url = parse_database_url("asp", "postgresql://host/asp?user=me&password=hush")
+    assert (url.username, url.password) == ("me", "hush")
+    assert "hush" not in url.render_as_string(hide_password=True)
+
+
+def test_no_password_is_in_any_command_line(
+    make_database: Callable[..., Database], local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database("secretive", "CREATE TABLE t AS SELECT i, md5(i::text) FROM generate_series(1, 200000) i")
+    database = Database(database.name, database.url.set(password="s3cret-word"))
+    seen: set[str] = set()
+    stopped = threading.Event()
+
+    def look() -> None:
+        while not stopped.wait(0.005):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    seen.add(path.read_text(errors="replace"))
+                except OSError:
+                    continue
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        with hold_cut([database], Operation()) as cut:
+            component = write_database(
+                database, cut, local_store, SET, "run", Operation(), client_directories=[binaries()]
+            )
+            write_globals(cut.of(database.name), local_store, SET, Operation(), [binaries()])
+        assert preflight_database(component, database, "0123456789ab", [binaries()]) == []
+        stage_database(component, database, local_store, "0123456789ab", Operation(), client_directories=[binaries()])
+    finally:
+        stopped.set()
+        looking.join()
+    for program in ("pg_dump\0", "pg_dumpall\0", "pg_restore\0"):
+        assert any(program in line for line in seen), program
+    assert not [line for line in seen if "s3cret-word" in line]
