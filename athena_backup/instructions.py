@@ -3,6 +3,10 @@
 import shlex
 
 from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, component_folder
+from athena_backup.postgres.sessions import connection_string
+
+_TIMEOUT_MAJOR = 17
+"""The version of PostgreSQL that brought transaction_timeout, which every dump written by it sets."""
 
 _HEAD = """# Restoring backup set {set_id} by hand
 
@@ -38,7 +42,7 @@ def instructions(manifest: Manifest) -> str:
     """The text of RESTORE.md for a set that is about to be closed."""
     databases = [component for component in manifest.components if component.kind == "database"]
     volumes = [component for component in manifest.components if component.kind == "volume"]
-    major = max((server.version // 10_000 for server in manifest.servers), default=13)
+    major = max((_dump_major(one.database) for one in databases if one.database is not None), default=13)
     text = _HEAD.format(
         set_id=manifest.set_id,
         software=manifest.software,
@@ -60,14 +64,26 @@ def _database(manifest: Manifest, component: Component) -> str:
     if facts is None:
         return ""
     dump = f"{_relative_folder(manifest, component)}{component.streams[0].name}"
+    target = shlex.quote(connection_string(facts.database))
+    load = f"pg_restore --exit-on-error --dbname={target}"
+    if _dump_major(facts) >= _TIMEOUT_MAJOR and component.server and component.server.version < _TIMEOUT_MAJOR * 10_000:
+        # Such a dump sets a parameter that the server lacks, in its first lines.
+        load = (
+            "pg_restore --file=- | sed '1,50{/^SET transaction_timeout = 0;$/d;}' |"
+            f" psql --no-psqlrc --quiet --output=/dev/null --set=ON_ERROR_STOP=1 --dbname={target}"
+        )
     return f"""
 ### {component.name}
 
 ```bash
-createdb --template=template0 {_create_options(facts)} {shlex.quote(facts.database)}
-cat {shlex.quote(dump)}.* | zstd -dc | pg_restore --exit-on-error --dbname={shlex.quote(facts.database)}
+createdb --template=template0 {_create_options(facts)} -- {shlex.quote(facts.database)}
+cat {shlex.quote(dump)}.* | zstd -dc | {load}
 ```
 """
+
+
+def _dump_major(facts: DatabaseFacts) -> int:
+    return int(facts.dump_version.partition(".")[0] or 0)
 
 
 def _create_options(facts: DatabaseFacts) -> str:

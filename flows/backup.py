@@ -23,7 +23,7 @@ from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.sessions import Database
 from athena_backup.volume_archive import write_volume
-from flows.components import database_of, databases_of, volume_of, volumes_of
+from flows.components import database_of, databases_of, omissions, volume_of, volumes_of
 from flows.operating import (
     SlotTakenError,
     Working,
@@ -86,9 +86,8 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
         return Failed(message=str(error.fault(step="preparing the backup")))
     if isinstance(outcome, Manifest):
         size_bytes = sum(part.size_bytes for component in outcome.components for part in component.parts)
-        return Completed(
-            message=f"{outcome.set_id}: {len(outcome.components)} components, {in_units(size_bytes)} stored"
-        )
+        message = f"{outcome.set_id}: {len(outcome.components)} components, {in_units(size_bytes)} stored"
+        return Completed(message="; ".join([message, *omissions(outcome.components)]))
     return Failed(message=outcome.status)
 
 

@@ -1,6 +1,9 @@
-"""The configured components as the engine's values: which databases and volumes a flow works on."""
+"""The configured components as the engine's values, and what the flows tell of the components of a set."""
+
+from collections.abc import Sequence
 
 from athena_backup.errors import FinalError
+from athena_backup.manifest import Component
 from athena_backup.postgres.sessions import Database
 from athena_backup.settings import Settings
 from athena_backup.volume_archive import Volume
@@ -30,3 +33,24 @@ def volume_of(name: str, settings: Settings) -> Volume:
         if one.name == name:
             return one
     raise FinalError(f"no volume {name} is configured here", next_step="add it to ATHENA_VOLUMES")
+
+
+def omissions(components: Sequence[Component]) -> list[str]:
+    """What is known not to be in a set although its backup succeeded, in words: somebody has to make it anew by hand."""
+    told = []
+    for component in components:
+        if component.database is not None:
+            told += [f"{component.name}: not in the set: {omitted}" for omitted in component.database.omitted]
+        elif component.volume is not None:
+            left_out = {
+                "changed while it was read": component.volume.torn,
+                "gone when it was to be read": component.volume.vanished,
+                "another file system, not entered": component.volume.other_file_systems,
+                "borrows objects from outside the volume": component.volume.alternates,
+            }
+            told += [f"{component.name}: {what}: {_some(names)}" for what, names in left_out.items() if names]
+    return told
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -29,7 +29,7 @@ from athena_backup.volume_exchange import (
     switch_volume,
 )
 from flows.backup import RETRYING
-from flows.components import database_of, volume_of
+from flows.components import database_of, omissions, volume_of
 from flows.operating import SlotTakenError, Working, component_work, free_slot, operating, run_log, task_threads
 from flows.recovery import half_switched_volumes, recover_after_crash, recover_from_the_dead
 from flows.requests import RestoreRequest
@@ -71,7 +71,8 @@ def restore(request: RestoreRequest) -> State[Any]:
     if faults or len(switched) < len(chosen):
         return Failed(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
     message = f"{working.set_id}: restored {' '.join(switched) or 'nothing'}"
-    return Completed(message=message + (f"; left alone: {' '.join(left_alone)}" if left_alone else ""))
+    message += f"; left alone: {' '.join(left_alone)}" if left_alone else ""
+    return Completed(message="; ".join([message, *omissions(chosen)]))
 
 
 def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tuple[list[Component], list[Fault]]:
@@ -170,7 +171,9 @@ def switch(name: str) -> None:
         target = database_of(name, working.settings)
         namespace = working.settings.athena_namespace
         switch_database(target, working.staged[name].oid, restore_id(working), namespace, working.operation)
-        discard_staging(target, restore_id(working))
+        # For the room's sake already now; what can't be dropped is no failure of a switch that is done, and is told below.
+        with contextlib.suppress(AthenaError):
+            discard_staging(target, restore_id(working))
 
     component_work(name, "switching", work)
 
@@ -276,4 +279,5 @@ def report(
         lines.append(
             f"| {component.name} | {component.kind} | {component.raw_size_bytes} | {seconds:.1f} | {outcome} |"
         )
-    return "\n".join([*lines, *(f"| {name} | | | | not in the set, left alone |" for name in left_alone)])
+    lines += [f"| {name} | | | | not in the set, left alone |" for name in left_alone]
+    return "\n".join([*lines, "", *(f"- {omission}" for omission in omissions(chosen))])

@@ -20,7 +20,7 @@ from athena_backup.pipeline import Source, read_stream, write_stream
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
-from athena_backup.postgres.sessions import Database, run_sql, session
+from athena_backup.postgres.sessions import Database, quoted, run_sql, session
 from athena_backup.store import read_document
 from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
@@ -143,10 +143,16 @@ def cut_at_folders(raw: bytes) -> list[bytes]:
     return [piece + END for piece in pieces]
 
 
+@pytest.mark.parametrize("source_version", [180_000, 150_000], ids=["of-today", "of-a-server-without-a-setting"])
+@pytest.mark.parametrize("name", ['it\'s "odd" ü', "-dash", "host=nowhere"])
 def test_a_database_is_restored_by_restore_md_alone(
-    postgres: EmbeddedServer, make_database: Callable[..., Database], local_store: LocalStore, tools: str
+    postgres: EmbeddedServer,
+    make_database: Callable[..., Database],
+    local_store: LocalStore,
+    tools: str,
+    name: str,
+    source_version: int,
 ) -> None:
-    name = 'it\'s "odd" ü'
     database = make_database(
         name,
         "CREATE TABLE t AS SELECT i, repeat(md5(i::text), 20) AS v FROM generate_series(1, 5000) AS i;"
@@ -164,7 +170,9 @@ def test_a_database_is_restored_by_restore_md_alone(
             part_limit_bytes=20_000,
         )
     assert len(component.parts) >= 3
-    put_component(local_store, SET, component)
+    assert component.server is not None
+    older = component.server.model_copy(update={"version": source_version})
+    put_component(local_store, SET, component.model_copy(update={"server": older}))
     outcome = close_set(local_store, SET, [Expected(database.name, "database")], [], run_id="run", began=NOW)
     assert isinstance(outcome, Manifest)
 
@@ -175,7 +183,7 @@ def test_a_database_is_restored_by_restore_md_alone(
 
     before = content()
     with session(postgres.url()) as connection:
-        run_sql(connection, 'DROP DATABASE "it\'s ""odd"" ü" WITH (FORCE)')
+        run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
     server = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": "postgres"}
     followed(local_store, tools, server, {})
     assert content() == before
