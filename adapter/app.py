@@ -7,7 +7,7 @@ run several times over. What an answer looks like stands in `adapter.records`, w
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -170,7 +170,8 @@ def _service(request: Request) -> _Service:
 def _authorized(
     service: Annotated[_Service, Depends(_service)], header: Annotated[str | None, Depends(_key_header)]
 ) -> None:
-    key = (header or "").strip()
+    # Starlette reads a header's bytes as Latin-1; a key of other characters arrives in UTF-8, as a terminal sends it.
+    key = (header or "").encode("latin-1").decode("utf-8", "surrogateescape").strip()
     if key[:7].lower() == "bearer ":
         key = key[7:].strip()
     if not key or not is_known(key, service.key_hashes):
@@ -363,8 +364,10 @@ def _documented_body(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_error_answers(app: FastAPI) -> None:
-    def answer(code: int, message: str) -> JSONResponse:
-        return JSONResponse({"code": code, "message": message}, status_code=code)
+    def answer(code: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        # A body's JSON can spell half of a surrogate pair, which no answer that quotes it could be encoded with.
+        message = message.encode("utf-8", "backslashreplace").decode()
+        return JSONResponse({"code": code, "message": message}, status_code=code, headers=headers)
 
     @app.exception_handler(_AnswerError)
     async def _(request: Request, error: _AnswerError) -> JSONResponse:
@@ -396,7 +399,7 @@ def _add_error_answers(app: FastAPI) -> None:
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404:
             return answer(404, f"there is no {request.url.path}; the API is described under {PREFIX}/docs")
-        return answer(error.status_code, str(error.detail))
+        return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:

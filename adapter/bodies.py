@@ -80,6 +80,8 @@ def parse_body(raw: bytes) -> Body:
         raise BodyError("the body is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise BodyError(f"the body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except ValueError:
+        raise BodyError("the body holds a number of too many digits") from None
     except RecursionError:
         raise BodyError("the body is nested too deeply") from None
     if not isinstance(document, dict):
@@ -167,8 +169,8 @@ def _services(services: object, faults: list[str]) -> tuple[tuple[str, ...], tup
         if not isinstance(switches, Mapping) or not set(switches) <= {"disable", "disabled"}:
             faults.append(f'svcs.{name} has to be {{"disable": true}} or {{"disable": false}}')
             continue
-        values = set(switches.values())
-        if not values <= {True, False} or any(not isinstance(value, bool) for value in values) or len(values) > 1:
+        values = list(switches.values())
+        if not all(isinstance(value, bool) for value in values) or len(set(values)) > 1:
             faults.append(f"svcs.{name}: disable has to be true or false, and disabled the same")
             continue
         if True in values:

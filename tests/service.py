@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 
 KEY = "a-test-key"
+ODD_KEY = "schlüssel \" 鍵"
 ROOT = Path(__file__).parent.parent
 _START_SECONDS = 150
 
@@ -41,7 +42,7 @@ class Service:
             "ATHENA_HOME": str(home / "athena"),
             "ATHENA_API_PORT": "0",
             "ATHENA_PREFECT_PORT": "0",
-            "ATHENA_API_KEYS": json.dumps([KEY]),
+            "ATHENA_API_KEYS": json.dumps([KEY, ODD_KEY]),
             **environment,
         }
         self.api_url = ""

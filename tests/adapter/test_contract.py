@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service import KEY, Service, await_true, stopped_child
+from service import KEY, ODD_KEY, Service, await_true, stopped_child
 
 ONGOING = re.compile(
     r"backup/restore operation ongoing with pending DBs: \[[a-z ]*\] and pending Volumes: \[[a-z ]*\]"
@@ -63,9 +63,12 @@ class TestKeys:
             assert "API key" in message(service.call(method, path, Authorization=given))
             assert service.call(method, path, Authorization=given).status_code == 401
 
-    @pytest.mark.parametrize("given", [KEY, f"Bearer {KEY}", f"bearer {KEY}"])
+    @pytest.mark.parametrize("given", [KEY, f"Bearer {KEY}", f"bearer {KEY}", ODD_KEY, f"Bearer {ODD_KEY}"])
     def test_the_key_is_taken_as_it_stands_and_as_a_bearer(self, service: Service, given: str) -> None:
-        assert service.call("GET", "/backup/list", Authorization=given).status_code == 200
+        url = f"{service.api_url}/athena/api/v1/backup/list"
+        # As curl sends it: the bytes of the terminal's UTF-8.
+        answer = httpx.get(url, headers={b"Authorization": given.encode()}, trust_env=False)
+        assert answer.status_code == 200
 
 
 class TestBackup:
@@ -284,6 +287,10 @@ class TestBodies:
             ('{"timestamp": "a", "timestamp": "b"}', ["twice"]),
             (b"\xff\xfe", ["UTF-8"]),
             ("[" * 60_000, ["body"]),
+            (f'{{"timestamp": {"1" * 5_000}}}', ["too many digits"]),
+            (r'{"\ud800": 1, "svcs": {"\ud801": 1}}', [r"\ud800", r"svcs.\ud801"]),
+            ('{"timestamp": "2001-01-01t00-00-00", "svcs": {"gitserver": {"disable": [], "disabled": {}}}}', ["svcs.gitserver"]),
+            ('{"timestamp": "2001-01-01t00-00-00", "svcs": {"gitserver": {"disable": 1}}}', ["svcs.gitserver"]),
             ('{"x": "' + "y" * 70_000 + '"}', ["longer than"]),
         ],
     )
@@ -294,11 +301,14 @@ class TestBodies:
         assert answer.status_code == 422
         assert [word for word in named if word not in message(answer)] == []
 
-    def test_a_typo_in_svcs_is_refused_because_it_would_overwrite(self, service: Service, backed_up: str) -> None:
-        body = json.dumps({"timestamp": backed_up, "sourceNamespace": "app", "svcs": {"gitsrever": {"disable": True}}})
+    @pytest.mark.parametrize(("typo", "shown"), [("gitsrever", "gitsrever"), ("\ud800", r"\ud800")])
+    def test_a_typo_in_svcs_is_refused_because_it_would_overwrite(
+        self, service: Service, backed_up: str, typo: str, shown: str
+    ) -> None:
+        body = json.dumps({"timestamp": backed_up, "sourceNamespace": "app", "svcs": {typo: {"disable": True}}})
         answer = service.call("POST", "/ondemandrestore", body)
         assert answer.status_code == 422
-        assert "gitsrever" in message(answer)
+        assert shown in message(answer)
 
     def test_an_unknown_member_of_a_backup_body_is_refused(self, service: Service) -> None:
         answer = service.call("POST", "/ondemandbackup", '{"onlyconfig": true}')
@@ -320,6 +330,7 @@ class TestBodies:
         answer = service.call(method, path)
         assert answer.status_code == code
         assert message(answer)
+        assert ("allow" in answer.headers) is (code == 405)
 
 
 def test_the_openapi_page_is_real_and_describes_every_call(service: Service) -> None:
