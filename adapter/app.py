@@ -46,6 +46,8 @@ from flows.runs import (
     OperationRun,
     OperationRunningError,
     finished_components,
+    forget_backups,
+    is_being_restored,
     list_runs,
     ongoing_run,
     reconcile,
@@ -271,11 +273,19 @@ def _delete_by_path(service: Service, timestamp: str) -> object:
 
 
 def _delete_set(service: _Service, set_id: SetId) -> Deleted:
-    ongoing = ongoing_run(service.client, service.namespace)
+    ongoing = ongoing_run(service.client, service.namespace, [BACKUP])
     if ongoing is not None and ongoing.set_id == set_id:
-        reads = "a restore reads it" if ongoing.kind == RESTORE else "a backup is writing it"
-        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: {reads}")
-    delete_set(service.store(), set_id)
+        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: a backup is writing it")
+    if is_being_restored(service.client, set_id):
+        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: a restore reads it")
+    try:
+        delete_set(service.store(), set_id)
+    except AbsentError:
+        # A backup that died before it wrote anything is a record without a set.
+        if not forget_backups(service.client, set_id):
+            raise
+    else:
+        forget_backups(service.client, set_id)
     return Deleted(success=True, message="Deleted backup entry successfully")
 
 
@@ -315,7 +325,7 @@ def _backup_records(service: _Service, ongoing: OperationRun | None, only: SetId
     else:
         entry = find_set(store, only)
         sets = [entry] if entry is not None else []
-    return records.backup_records(store.location, sets, [run for run in runs if run.ended], ongoing)
+    return records.backup_records(store.location, sets, [run for run in runs if run.ended and not run.deleted], ongoing)
 
 
 def _add_routes(app: FastAPI) -> None:

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 KEY = "a-test-key"
-ODD_KEY = "schlüssel \" 鍵"
+ODD_KEY = 'schlüssel " 鍵'
 ROOT = Path(__file__).parent.parent
 _START_SECONDS = 150
 
@@ -153,41 +154,64 @@ class Service:
         await_true(lambda: "ongoing" not in self.status("/restore/status", asked), "the restore's end", 180)
         return self.status("/restore/status", asked)
 
+    def prefect(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
+        """A call of the Prefect server's own API, as its UI makes it."""
+        answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
 
-@contextmanager
-def stopped_child(program: str, seconds: float = 60.0) -> Iterator[int]:
-    """Catch the next process of this program as it starts, and hold it still (SIGSTOP) while the block lasts."""
-    found: list[int] = []
-    before = set(_pids_of(program))
+    def press_run(self, flow: str, parameters: dict[str, object]) -> str:
+        """Start a run as Prefect's UI does, without our tags, lease or name; the run's id."""
+        deployment = self.prefect("GET", f"/deployments/name/{flow}/app")["id"]
+        asked = {"parameters": parameters, "enforce_parameter_schema": False, "state": {"type": "SCHEDULED"}}
+        return str(self.prefect("POST", f"/deployments/{deployment}/create_flow_run", asked)["id"])
 
-    def catch() -> bool:
-        for pid in set(_pids_of(program)) - before:
-            try:
-                os.kill(pid, signal.SIGSTOP)
-            except ProcessLookupError:
+    def run_state(self, run: str) -> str:
+        return str(self.prefect("GET", f"/flow_runs/{run}")["state_type"])
+
+    @contextmanager
+    def stopped_child(self, program: str, seconds: float = 60.0) -> Iterator[int]:
+        """Catch the next of this service's processes of the program, and hold it still (SIGSTOP) while the block lasts."""
+        found: list[int] = []
+        before = set(self._children(program))
+
+        def catch() -> bool:
+            for pid in set(self._children(program)) - before:
+                try:
+                    os.kill(pid, signal.SIGSTOP)
+                except ProcessLookupError:
+                    continue
+                found.append(pid)
+                return True
+            return False
+
+        deadline = time.monotonic() + seconds
+        while not catch():
+            assert time.monotonic() < deadline, f"no {program} was started within {seconds:.0f} s"
+            time.sleep(0.002)
+        try:
+            yield found[0]
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(found[0], signal.SIGCONT)
+
+    def _children(self, program: str) -> Iterator[int]:
+        """The descendants of `up` that run the program: nobody else's of the same name, which may be at real work."""
+        for directory in Path("/proc").iterdir():
+            if not directory.name.isdigit():
                 continue
-            found.append(pid)
-            return True
-        return False
-
-    deadline = time.monotonic() + seconds
-    while not catch():
-        assert time.monotonic() < deadline, f"no {program} was started within {seconds:.0f} s"
-        time.sleep(0.002)
-    try:
-        yield found[0]
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(found[0], signal.SIGCONT)
-
-
-def _pids_of(program: str) -> Iterator[int]:
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdigit():
             try:
-                if (directory / "comm").read_text().strip() == program and "--format=custom" in (
-                    directory / "cmdline"
-                ).read_text():
+                if (directory / "comm").read_text().strip() != program:
+                    continue
+                if "--version" in (directory / "cmdline").read_text():
+                    continue
+                if self.pid in _ancestors(int(directory.name)):
                     yield int(directory.name)
             except OSError:
                 continue
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
