@@ -29,7 +29,6 @@ from adapter.bodies import (
     restore_body,
     set_id_of,
     status_request,
-    unknown_services,
 )
 from athena_backup.backup import software
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
@@ -39,7 +38,7 @@ from athena_backup.settings import Settings
 from athena_backup.store import Store
 from blocks.keys import is_known
 from blocks.stores import open_store
-from flows.requests import RestoreRequest
+from flows.requests import RestoreRequest, unknown_names
 from flows.runs import (
     BACKUP,
     RESTORE,
@@ -234,11 +233,9 @@ def _start_restore(service: Service, body: JsonBody) -> object:
     """Start a restore: what is live is overwritten with the set's state. Use with extreme caution."""
     asked = restore_body(body, service.namespace)
     manifest = whole_manifest(service.store(), asked.request.set_id(service.namespace))
-    settings = service.settings
-    known = {one.name for one in manifest.components} | set(settings.athena_databases) | set(settings.athena_volumes)
-    unknown = unknown_services(asked.named, known)
+    unknown = unknown_names(asked.named, service.settings.component_names | {one.name for one in manifest.components})
     if unknown:
-        raise _AnswerError(422, unknown)
+        raise _AnswerError(422, f"svcs: {unknown}")
     _unless_running(service, lambda: start_restore(service.client, service.namespace, asked.request))
     return Message(code=202, message="Request Accepted")
 

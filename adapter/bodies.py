@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from athena_backup.names import RESERVED_COMPONENT_NAME, InvalidNameError, SetId, Timestamp, parse_namespace
+from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_namespace
 from flows.requests import BackupRequest, RestoreRequest
 
 BODY_LIMIT_BYTES = 64 << 10
@@ -176,14 +176,6 @@ def _services(services: object, faults: list[str]) -> tuple[tuple[str, ...], tup
         if True in values:
             disabled.append(str(name))
     return tuple(disabled), tuple(str(name) for name in services)
-
-
-def unknown_services(named: tuple[str, ...], known: set[str]) -> str | None:
-    """What to say of names in ``svcs`` that neither the set nor the configuration has; None if there are none."""
-    unknown = [name for name in named if name != RESERVED_COMPONENT_NAME and name not in known]
-    if not unknown:
-        return None
-    return f"svcs names what neither the set nor this service has: {', '.join(unknown)}; there are: {', '.join(sorted(known))}"
 
 
 def set_id_of(request: StatusRequest, namespace: str) -> SetId | None:
