@@ -154,6 +154,16 @@ class Service:
         await_true(lambda: "ongoing" not in self.status("/restore/status", asked), "the restore's end", 180)
         return self.status("/restore/status", asked)
 
+    def command(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Another `athena-backup` command beside the service, with the service's environment."""
+        return subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *arguments],
+            env={**self.environment, **environment},
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+        )
+
     def prefect(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
         """A call of the Prefect server's own API, as its UI makes it."""
         answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)

@@ -95,10 +95,11 @@ def test_a_pg_dump_that_dies_half_way_fails_the_set_which_names_component_step_a
     assert back_up_as_soon_as_possible(service) == "Success"
 
 
-def test_ctrl_c_in_the_middle_of_a_backup_stops_everything_and_tells_the_truth(service: Service) -> None:
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "terminal closed"])
+def test_ctrl_c_in_the_middle_of_a_backup_stops_everything_and_tells_the_truth(service: Service, sig: int) -> None:
     timestamp = service.start_backup()
     with service.stopped_child("pg_dump"):
-        assert service.stop(signal.SIGINT) == 0
+        assert service.stop(sig) == 0
         await_nothing_left(service)
     assert timestamp not in manifests(service)
     service.start()
