@@ -170,9 +170,9 @@ class Service:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
-    def press_run(self, flow: str, parameters: dict[str, object]) -> str:
+    def press_run(self, flow: str, parameters: dict[str, object], namespace: str = "app") -> str:
         """Start a run as Prefect's UI does, without our tags, lease or name; the run's id."""
-        deployment = self.prefect("GET", f"/deployments/name/{flow}/app")["id"]
+        deployment = self.prefect("GET", f"/deployments/name/{flow}/{namespace}")["id"]
         asked = {"parameters": parameters, "enforce_parameter_schema": False, "state": {"type": "SCHEDULED"}}
         return str(self.prefect("POST", f"/deployments/{deployment}/create_flow_run", asked)["id"])
 
