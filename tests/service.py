@@ -213,7 +213,9 @@ class Service:
             try:
                 if (directory / "comm").read_text().strip() != program:
                     continue
-                if "--version" in (directory / "cmdline").read_text():
+                arguments = (directory / "cmdline").read_text()
+                # A zombie has none, and can't be held.
+                if not arguments or "--version" in arguments:
                     continue
                 if self.pid in _ancestors(int(directory.name)):
                     yield int(directory.name)
