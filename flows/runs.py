@@ -52,6 +52,8 @@ PENDING_LIMIT = timedelta(minutes=2)
 """A run that is Pending for longer has lost the process that was to run it."""
 RECORD_LIMIT = 200
 """Runs that are looked at for one answer: Prefect's own page size."""
+_STOPPED = "Runner is shutting down."
+"""With what Prefect's runner cancels, at its own end, a run that did not yet listen: nobody cancelled that."""
 _DELETED = "set-deleted"
 """Tag of a backup's run whose set was deleted: no record speaks of it any more."""
 
@@ -333,7 +335,7 @@ def _operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
         begun=state in _WORKING,
         ended=state not in _WAITING | _WORKING,
         outcome=_outcome(run),
-        message=(run.state.message if run.state else None) or "",
+        message=_message(run),
         at=at,
         state_at=run.state.timestamp if run.state else at,
         only_databases=bool(parameters.get("only_databases", False)),
@@ -352,9 +354,14 @@ def _outcome(run: FlowRun) -> Literal["success", "failed", "cancelled", "skipped
         case StateType.FAILED | StateType.CRASHED:
             return "failed"
         case StateType.CANCELLED:
-            return "cancelled"
+            return "failed" if run.state and run.state.message == _STOPPED else "cancelled"
         case _:
             return None
+
+
+def _message(run: FlowRun) -> str:
+    message = (run.state.message if run.state else None) or ""
+    return "error starting: the service was stopped before the operation had begun" if message == _STOPPED else message
 
 
 def skip_missed(client: SyncPrefectClient, namespace: str) -> int:
