@@ -7,7 +7,7 @@ run several times over. What an answer looks like stands in `adapter.records`, w
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -29,7 +29,6 @@ from adapter.bodies import (
     restore_body,
     set_id_of,
     status_request,
-    unknown_services,
 )
 from athena_backup.backup import software
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
@@ -39,13 +38,15 @@ from athena_backup.settings import Settings
 from athena_backup.store import Store
 from blocks.keys import is_known
 from blocks.stores import open_store
-from flows.requests import RestoreRequest
+from flows.requests import RestoreRequest, unknown_names
 from flows.runs import (
     BACKUP,
     RESTORE,
     OperationRun,
     OperationRunningError,
     finished_components,
+    forget_backups,
+    is_being_restored,
     list_runs,
     ongoing_run,
     reconcile,
@@ -170,7 +171,8 @@ def _service(request: Request) -> _Service:
 def _authorized(
     service: Annotated[_Service, Depends(_service)], header: Annotated[str | None, Depends(_key_header)]
 ) -> None:
-    key = (header or "").strip()
+    # Starlette reads a header's bytes as Latin-1; a key of other characters arrives in UTF-8, as a terminal sends it.
+    key = (header or "").encode("latin-1").decode("utf-8", "surrogateescape").strip()
     if key[:7].lower() == "bearer ":
         key = key[7:].strip()
     if not key or not is_known(key, service.key_hashes):
@@ -231,11 +233,9 @@ def _start_restore(service: Service, body: JsonBody) -> object:
     """Start a restore: what is live is overwritten with the set's state. Use with extreme caution."""
     asked = restore_body(body, service.namespace)
     manifest = whole_manifest(service.store(), asked.request.set_id(service.namespace))
-    settings = service.settings
-    known = {one.name for one in manifest.components} | set(settings.athena_databases) | set(settings.athena_volumes)
-    unknown = unknown_services(asked.named, known)
+    unknown = unknown_names(asked.named, service.settings.component_names | {one.name for one in manifest.components})
     if unknown:
-        raise _AnswerError(422, unknown)
+        raise _AnswerError(422, f"svcs: {unknown}")
     _unless_running(service, lambda: start_restore(service.client, service.namespace, asked.request))
     return Message(code=202, message="Request Accepted")
 
@@ -270,11 +270,19 @@ def _delete_by_path(service: Service, timestamp: str) -> object:
 
 
 def _delete_set(service: _Service, set_id: SetId) -> Deleted:
-    ongoing = ongoing_run(service.client, service.namespace)
+    ongoing = ongoing_run(service.client, service.namespace, [BACKUP])
     if ongoing is not None and ongoing.set_id == set_id:
-        reads = "a restore reads it" if ongoing.kind == RESTORE else "a backup is writing it"
-        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: {reads}")
-    delete_set(service.store(), set_id)
+        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: a backup is writing it")
+    if is_being_restored(service.client, set_id):
+        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: a restore reads it")
+    try:
+        delete_set(service.store(), set_id)
+    except AbsentError:
+        # A backup that died before it wrote anything is a record without a set.
+        if not forget_backups(service.client, set_id):
+            raise
+    else:
+        forget_backups(service.client, set_id)
     return Deleted(success=True, message="Deleted backup entry successfully")
 
 
@@ -314,7 +322,7 @@ def _backup_records(service: _Service, ongoing: OperationRun | None, only: SetId
     else:
         entry = find_set(store, only)
         sets = [entry] if entry is not None else []
-    return records.backup_records(store.location, sets, [run for run in runs if run.ended], ongoing)
+    return records.backup_records(store.location, sets, [run for run in runs if run.ended and not run.deleted], ongoing)
 
 
 def _add_routes(app: FastAPI) -> None:
@@ -363,8 +371,10 @@ def _documented_body(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_error_answers(app: FastAPI) -> None:
-    def answer(code: int, message: str) -> JSONResponse:
-        return JSONResponse({"code": code, "message": message}, status_code=code)
+    def answer(code: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        # A body's JSON can spell half of a surrogate pair, which no answer that quotes it could be encoded with.
+        message = message.encode("utf-8", "backslashreplace").decode()
+        return JSONResponse({"code": code, "message": message}, status_code=code, headers=headers)
 
     @app.exception_handler(_AnswerError)
     async def _(request: Request, error: _AnswerError) -> JSONResponse:
@@ -396,7 +406,7 @@ def _add_error_answers(app: FastAPI) -> None:
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404:
             return answer(404, f"there is no {request.url.path}; the API is described under {PREFIX}/docs")
-        return answer(error.status_code, str(error.detail))
+        return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from athena_backup.names import RESERVED_COMPONENT_NAME, InvalidNameError, SetId, Timestamp, parse_namespace
+from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_namespace
 from flows.requests import BackupRequest, RestoreRequest
 
 BODY_LIMIT_BYTES = 64 << 10
@@ -80,6 +80,8 @@ def parse_body(raw: bytes) -> Body:
         raise BodyError("the body is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise BodyError(f"the body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except ValueError:
+        raise BodyError("the body holds a number of too many digits") from None
     except RecursionError:
         raise BodyError("the body is nested too deeply") from None
     if not isinstance(document, dict):
@@ -167,21 +169,13 @@ def _services(services: object, faults: list[str]) -> tuple[tuple[str, ...], tup
         if not isinstance(switches, Mapping) or not set(switches) <= {"disable", "disabled"}:
             faults.append(f'svcs.{name} has to be {{"disable": true}} or {{"disable": false}}')
             continue
-        values = set(switches.values())
-        if not values <= {True, False} or any(not isinstance(value, bool) for value in values) or len(values) > 1:
+        values = list(switches.values())
+        if not all(isinstance(value, bool) for value in values) or len(set(values)) > 1:
             faults.append(f"svcs.{name}: disable has to be true or false, and disabled the same")
             continue
         if True in values:
             disabled.append(str(name))
     return tuple(disabled), tuple(str(name) for name in services)
-
-
-def unknown_services(named: tuple[str, ...], known: set[str]) -> str | None:
-    """What to say of names in ``svcs`` that neither the set nor the configuration has; None if there are none."""
-    unknown = [name for name in named if name != RESERVED_COMPONENT_NAME and name not in known]
-    if not unknown:
-        return None
-    return f"svcs names what neither the set nor this service has: {', '.join(unknown)}; there are: {', '.join(sorted(known))}"
 
 
 def set_id_of(request: StatusRequest, namespace: str) -> SetId | None:

@@ -8,6 +8,7 @@ here; the engine never does: its functions take what they need.
 import base64
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from athena_backup.schedule import Schedule, parse_schedule
 from athena_backup.store import StoreType
 
 MASK = "********"
+_PASSWORD_IN_ADDRESS = re.compile(r"(?<=://)([^/@:]*:)[^/@]*(?=@)")
+_PASSWORD_IN_QUERY = re.compile(r"([?&]\w*(?:password|secret|token|key)\w*=)[^&#]*", re.IGNORECASE)
 
 # The platform's JSON document, member by member (contract, section 1).
 _JSON_MEMBERS = {
@@ -139,6 +142,28 @@ class Settings(BaseSettings):
             parse_component_name(name)
         return value
 
+    @pydantic.field_validator("athena_volumes")
+    @classmethod
+    def _absolute(cls, value: dict[str, Path]) -> dict[str, Path]:
+        # A relative one would be another directory in each process, and "" the one that the service was started in.
+        relative = [f"{name}: {str(path)!r}" for name, path in value.items() if not path.is_absolute()]
+        if relative:
+            raise ValueError(f"has to hold absolute paths, not {', '.join(relative)}")
+        return value
+
+    @pydantic.field_validator("athena_api_keys")
+    @classmethod
+    def _usable_keys(cls, value: list[SecretStr]) -> list[SecretStr]:
+        # What a header carries is stripped, so such a key would never be known.
+        if any(not key.get_secret_value() or key.get_secret_value() != key.get_secret_value().strip() for key in value):
+            raise ValueError("a key is empty, or has white space at its beginning or end")
+        return value
+
+    @pydantic.field_validator("prefect_api_url")
+    @classmethod
+    def _without_slash(cls, value: str | None) -> str | None:
+        return value.rstrip("/") if value else value
+
     @pydantic.field_validator("gcp_service_account")
     @classmethod
     def _service_account(cls, value: SecretStr | None) -> SecretStr | None:
@@ -164,6 +189,11 @@ class Settings(BaseSettings):
         return parse_schedule(self.backup_frequency)
 
     @property
+    def component_names(self) -> set[str]:
+        """The names of all databases and volumes."""
+        return {*self.athena_databases, *self.athena_volumes}
+
+    @property
     def database_urls(self) -> dict[str, URL]:
         """The databases by component name; raises `FinalError` for a URL that can't be one."""
         return {name: parse_database_url(name, url.get_secret_value()) for name, url in self.athena_databases.items()}
@@ -182,11 +212,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment over .env over the file (pydantic-settings manual, "Customise settings sources")."""
+        """Environment over .env over the file, each variable as a whole (pydantic-settings would merge objects member by member)."""
         del file_secret_settings
         path = os.environ.get("ATHENA_CONFIG") or _from_dotenv(dotenv_settings)
         file_values = _file_values(Path(path), set(cls.model_fields)) if path else {}
-        return init_settings, env_settings, dotenv_settings, InitSettingsSource(settings_cls, file_values)
+        values = {**file_values, **dotenv_settings(), **env_settings(), **init_settings()}
+        return (InitSettingsSource(settings_cls, values),)
 
 
 def load_settings(env_file: Path | None = Path(".env")) -> Settings:
@@ -210,9 +241,17 @@ def shown(settings: Settings) -> dict[str, Any]:
     masked = {name: (MASK if name in secret_names and value is not None else value) for name, value in values.items()}
     masked["athena_api_keys"] = [MASK] * len(settings.athena_api_keys)
     masked["athena_databases"] = {
-        name: url.render_as_string(hide_password=True) for name, url in settings.database_urls.items()
+        name: masked_url(url.render_as_string(hide_password=True)) for name, url in settings.database_urls.items()
     }
-    return {name.upper(): value for name, value in sorted(masked.items())}
+    masked["athena_health_urls"] = [masked_url(url) for url in settings.athena_health_urls]
+    return {
+        name.upper(): masked_url(value) if isinstance(value, str) else value for name, value in sorted(masked.items())
+    }
+
+
+def masked_url(url: str) -> str:
+    """A URL for people to read: what may be a password in it is masked."""
+    return _PASSWORD_IN_QUERY.sub(rf"\1{MASK}", _PASSWORD_IN_ADDRESS.sub(rf"\1{MASK}", url))
 
 
 def _variable(location: tuple[int | str, ...]) -> str:
@@ -264,6 +303,8 @@ def _without_content(error: ValueError) -> str:
 
 def _json_values(document: Any) -> dict[str, Any]:
     """The members of the platform's JSON document; its names may be nested or dotted, in any mixture."""
+    if not isinstance(document, dict):
+        raise json.JSONDecodeError("a JSON object is needed", "", 0)
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:

@@ -25,8 +25,12 @@ class ApiKeys(Block):
 
 
 def block_name(namespace: str) -> str:
-    """The name of the namespace's block; Prefect allows lower-case letters, digits and dashes."""
-    return "".join(character if character.isalnum() else "-" for character in namespace.lower())
+    """The name of the namespace's block; Prefect allows lower-case letters, digits and dashes.
+
+    A namespace with other characters bears its hash too, so that no two of them ("a.b", "a-b") share their keys.
+    """
+    plain = "".join(character if character.isalnum() else "-" for character in namespace.lower())
+    return plain if plain == namespace else f"{plain}-{hash_of(namespace)[:12]}"
 
 
 def hash_of(key: str) -> str:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import text
@@ -108,20 +109,24 @@ def check_database(database: Database, client_directories: list[Path]) -> str:
 
 def _volume_findings(settings: Settings) -> Iterator[Finding]:
     for name, directory in settings.athena_volumes.items():
-        yield _look(f"volume {name}", lambda: check_volume(directory))  # noqa: B023
+        may_be_empty = name in settings.athena_empty_volumes
+        yield _look(f"volume {name}", partial(check_volume, directory, may_be_empty=may_be_empty))
     yield from (Finding("volumes", good=False, text=overlap) for overlap in overlaps(settings))
 
 
-def check_volume(directory: Path) -> str:
-    """That the volume is a directory that is there and whose entries can be read."""
-    if not directory.is_absolute():
-        raise FinalError(f"{directory} is not an absolute path")
+def check_volume(directory: Path, *, may_be_empty: bool) -> str:
+    """That the volume is a directory that is there, and whose entries are there too and can be read."""
     if not directory.is_dir():
         raise FinalError(f"{directory} is not a directory", next_step="mount it, or correct ATHENA_VOLUMES")
     if not os.access(directory, os.R_OK | os.X_OK):
         raise FinalError(f"{directory} may not be read by this user", next_step="run the service as a user that may")
     with os.scandir(directory) as found:
-        unreadable = next((one.name for one in found if not os.access(one.path, os.R_OK, follow_symlinks=False)), None)
+        entries = list(found)
+    if not entries and not may_be_empty:
+        raise FinalError(
+            f"{directory} is empty: is it mounted?", next_step="mount it, or name the volume in ATHENA_EMPTY_VOLUMES"
+        )
+    unreadable = next((one.name for one in entries if not os.access(one.path, os.R_OK, follow_symlinks=False)), None)
     if unreadable is not None:
         raise FinalError(
             f"{directory}/{unreadable} may not be read by this user", next_step="run the service as one that may"

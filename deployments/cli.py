@@ -156,11 +156,14 @@ def restore(
 
     from athena_backup.catalog import whole_manifest
     from blocks.stores import open_store
-    from flows.requests import RestoreRequest
+    from flows.requests import RestoreRequest, unknown_names
     from flows.runs import start_restore
 
     set_id = SetId.parse(which, settings.athena_namespace)
-    whole_manifest(open_store(settings), set_id)
+    manifest = whole_manifest(open_store(settings), set_id)
+    unknown = unknown_names(skip or [], settings.component_names | {one.name for one in manifest.components})
+    if unknown:
+        raise FinalError(f"--skip: {unknown}", next_step="nothing was touched")
     request = RestoreRequest(timestamp=str(set_id.timestamp), source_namespace=set_id.namespace, skip=skip or [])
     with get_client(sync_client=True) as client:
         run = start_restore(client, settings.athena_namespace, request)

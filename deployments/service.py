@@ -21,7 +21,7 @@ from types import FrameType
 import httpx
 
 from athena_backup.errors import FinalError
-from athena_backup.settings import Settings
+from athena_backup.settings import Settings, masked_url
 from deployments.tree import ProcessTree
 
 _LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
@@ -61,7 +61,6 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
 
     Raises `FinalError` if another one runs on the same ATHENA_HOME, a port is taken, or a part won't start.
     """
-    settings.athena_home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_one(settings), ProcessTree() as tree:
         own_server = settings.prefect_api_url is None
         prefect_port = _port("127.0.0.1", settings.athena_prefect_port, "ATHENA_PREFECT_PORT") if own_server else 0
@@ -79,7 +78,13 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
             )
         elif not _answers(f"{prefect_api_url}/health"):
             raise FinalError(
-                f"the Prefect server at {prefect_api_url} does not answer", next_step="check PREFECT_API_URL"
+                f"the Prefect server at {masked_url(prefect_api_url)} does not answer",
+                next_step="check PREFECT_API_URL, which ends in /api",
+            )
+        elif _forgets_leases(prefect_api_url):
+            say(
+                f"warning: that Prefect server keeps its leases in memory: killed in the middle of an operation, it leaves"
+                f" the slot taken for ever; set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE={_LEASES_ON_DISK} there"
             )
         # Imported only now: Prefect reads its settings, the server's address among them, when it is imported.
         from deployments import preparation
@@ -97,7 +102,8 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
         tree.start(
             "the API",
             _uvicorn("deployments.api:create", settings.athena_api_host, api_port),
-            environment,
+            # With Prefect's five retries a caller would wait a minute to hear that its server is gone.
+            {**environment, "PREFECT_CLIENT_MAX_RETRIES": "1"},
             is_ready=lambda: _answers(f"{_url(settings.athena_api_host, api_port)}/athena/api/v1/openapi.json"),
         )
         with _announced(settings, prefect_api_url), preparation.settling(settings, datetime.now(UTC)):
@@ -105,7 +111,7 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
 
 
 def up(settings: Settings, *, say: Callable[[str], None]) -> int:
-    """Run the service until Ctrl-C, SIGTERM or the end of one of its parts; the exit code of the command."""
+    """Run the service until Ctrl-C, SIGTERM, SIGHUP or the end of one of its parts; the exit code of the command."""
     with stop_signals() as stopped:
         with running_service(settings, say=say) as (running, tree):
             for line in announcement(running):
@@ -128,8 +134,8 @@ def announcement(running: Running) -> Sequence[str]:
         "",
         f"API:          {running.api_url}/athena/api/v1",
         f"OpenAPI page: {running.api_url}/athena/api/v1/docs",
-        f"Prefect UI:   {running.prefect_url}",
-        f"Prefect API:  {running.prefect_url}/api",
+        f"Prefect UI:   {masked_url(running.prefect_url)}",
+        f"Prefect API:  {masked_url(running.prefect_url)}/api",
         *(key if running.new_key else []),
         "",
         "Ctrl-C stops everything.",
@@ -138,7 +144,7 @@ def announcement(running: Running) -> Sequence[str]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that is set by Ctrl-C or SIGTERM while the block lasts; a second Ctrl-C interrupts at once."""
+    """An event that is set by Ctrl-C, SIGTERM or a closed terminal while the block lasts; a second Ctrl-C interrupts at once."""
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -147,7 +153,9 @@ def stop_signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Under nohup, which ignores SIGHUP, a closed terminal is no reason to stop.
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield stopped
     finally:
@@ -157,7 +165,15 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _only_one(settings: Settings) -> Iterator[None]:
-    with (settings.athena_home / "up.lock").open("a") as lock:
+    try:
+        settings.athena_home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock_file = (settings.athena_home / "up.lock").open("a")
+    except OSError as error:
+        raise FinalError(
+            f"ATHENA_HOME: {error.filename} can't be written: {error.strerror}",
+            next_step="make it writable, or set ATHENA_HOME to a directory that is",
+        ) from None
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,6 +221,15 @@ def _uvicorn(factory: str, host: str, port: int) -> list[str]:
 def _url(host: str, port: int) -> str:
     name = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def _forgets_leases(prefect_api_url: str) -> bool:
+    """Whether a Prefect server says that it keeps leases in its memory; one that does not tell is taken at its word."""
+    try:
+        told = httpx.get(f"{prefect_api_url}/admin/settings", timeout=5, trust_env=False).json()
+        return str(told["server"]["concurrency"]["lease_storage"]).endswith(".memory")
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _answers(url: str) -> bool:

@@ -1,5 +1,6 @@
 """What a backup or restore is asked for: the typed parameters of the flows, which Prefect's UI shows as forms."""
 
+from collections.abc import Collection, Iterable
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -50,3 +51,14 @@ class RestoreRequest(BaseModel):
     def skips(self, name: str, *, is_database: bool) -> bool:
         """Whether a component is left alone."""
         return name in self.skip or (is_database and RESERVED_COMPONENT_NAME in self.skip)
+
+
+def unknown_names(named: Iterable[str], known: Collection[str]) -> str | None:
+    """What to say of names to be left alone that neither the set nor the destination has; None if there are none.
+
+    They are refused, not ignored: a typo would overwrite what was to be kept.
+    """
+    unknown = [name for name in named if name != RESERVED_COMPONENT_NAME and name not in known]
+    if not unknown:
+        return None
+    return f"neither the set nor this service has {', '.join(unknown)}; there are: {', '.join(sorted(known))}"

@@ -17,6 +17,7 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -52,6 +53,10 @@ PENDING_LIMIT = timedelta(minutes=2)
 """A run that is Pending for longer has lost the process that was to run it."""
 RECORD_LIMIT = 200
 """Runs that are looked at for one answer: Prefect's own page size."""
+_STOPPED = "Runner is shutting down."
+"""With what Prefect's runner cancels, at its own end, a run that did not yet listen: nobody cancelled that."""
+_DELETED = "set-deleted"
+"""Tag of a backup's run whose set was deleted: no record speaks of it any more."""
 
 _WAITING = {StateType.SCHEDULED, StateType.PENDING}
 _WORKING = {StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED}
@@ -83,6 +88,8 @@ class OperationRun:
     only_databases: bool = False
     skip: tuple[str, ...] = ()
     lease: UUID | None = None
+    deleted: bool = False
+    """Of a backup: its set was deleted since."""
 
 
 def start_backup(client: SyncPrefectClient, store: Store, namespace: str, request: BackupRequest) -> OperationRun:
@@ -188,20 +195,55 @@ def list_runs(
     limit: int = RECORD_LIMIT,
 ) -> list[OperationRun]:
     """The namespace's runs of a kind, newest first; a schedule's future runs and skipped ones don't count."""
-    tags = [f"namespace:{namespace}", *([f"timestamp:{timestamp}"] if timestamp else [])]
-    kinds = [*(_WAITING if unfinished else StateType), *_WORKING]
-    found = client.read_flow_runs(
+    tag = f"namespace:{namespace}"
+    if timestamp is None:
+        found = _read_runs(client, kind, [tag], unfinished=unfinished, limit=limit)
+    else:
+        found = _read_runs(client, kind, [tag, f"timestamp:{timestamp}"], unfinished=unfinished, limit=limit)
+        # A run that died before it could name itself is known by the instant at which it was due.
+        found += _read_runs(client, kind, [tag], unfinished=unfinished, limit=limit, due=timestamp.instant)
+    now = datetime.now(UTC)
+    due = {run.id: _operation_run(kind, namespace, run) for run in found if _is_due(run, now)}
+    return [run for run in due.values() if run.outcome != "skipped" and timestamp in (None, run.set_id.timestamp)]
+
+
+def _read_runs(
+    client: SyncPrefectClient,
+    kind: Kind,
+    tags: list[str],
+    *,
+    unfinished: bool,
+    limit: int = RECORD_LIMIT,
+    due: datetime | None = None,
+) -> list[FlowRun]:
+    """The runs that bear all the tags, newest first; with ``due`` those of that second only."""
+    states = [*(_WAITING if unfinished else StateType), *_WORKING]
+    second = FlowRunFilterExpectedStartTime(after_=due, before_=due + timedelta(seconds=1)) if due else None
+    return client.read_flow_runs(
         flow_filter=FlowFilter(name=FlowFilterName(any_=[kind])),
         flow_run_filter=FlowRunFilter(
             tags=FlowRunFilterTags(all_=tags),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=sorted(set(kinds)))),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=sorted(set(states)))),
+            expected_start_time=second,
         ),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
     )
-    now = datetime.now(UTC)
-    runs = [_operation_run(kind, namespace, run) for run in found if _is_due(run, now)]
-    return [run for run in runs if run.outcome != "skipped"]
+
+
+def is_being_restored(client: SyncPrefectClient, set_id: SetId) -> bool:
+    """Whether a restore reads the set, or is about to, into whatever namespace."""
+    tags = [f"source:{set_id.namespace}", f"timestamp:{set_id.timestamp}"]
+    return bool(_read_runs(client, RESTORE, tags, unfinished=True))
+
+
+def forget_backups(client: SyncPrefectClient, set_id: SetId) -> bool:
+    """Let no record speak of a deleted set's ended runs any more; False if there were none."""
+    runs = [run for run in list_runs(client, BACKUP, set_id.namespace, timestamp=set_id.timestamp) if run.ended]
+    remembered = [run for run in runs if not run.deleted]
+    for run in remembered:
+        client.update_flow_run(run.id, tags=[*client.read_flow_run(run.id).tags, _DELETED])
+    return bool(remembered)
 
 
 def ongoing_run(
@@ -317,12 +359,13 @@ def _operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
         begun=state in _WORKING,
         ended=state not in _WAITING | _WORKING,
         outcome=_outcome(run),
-        message=(run.state.message if run.state else None) or "",
+        message=_message(run),
         at=at,
         state_at=run.state.timestamp if run.state else at,
         only_databases=bool(parameters.get("only_databases", False)),
         skip=tuple(parameters.get("skip", ())),
         lease=UUID(tags["lease"]) if "lease" in tags else None,
+        deleted=_DELETED in run.tags,
     )
 
 
@@ -335,9 +378,14 @@ def _outcome(run: FlowRun) -> Literal["success", "failed", "cancelled", "skipped
         case StateType.FAILED | StateType.CRASHED:
             return "failed"
         case StateType.CANCELLED:
-            return "cancelled"
+            return "failed" if run.state and run.state.message == _STOPPED else "cancelled"
         case _:
             return None
+
+
+def _message(run: FlowRun) -> str:
+    message = (run.state.message if run.state else None) or ""
+    return "error starting: the service was stopped before the operation had begun" if message == _STOPPED else message
 
 
 def skip_missed(client: SyncPrefectClient, namespace: str) -> int:

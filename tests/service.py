@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 KEY = "a-test-key"
+ODD_KEY = 'schlüssel " 鍵'
 ROOT = Path(__file__).parent.parent
 _START_SECONDS = 150
 
@@ -41,7 +43,7 @@ class Service:
             "ATHENA_HOME": str(home / "athena"),
             "ATHENA_API_PORT": "0",
             "ATHENA_PREFECT_PORT": "0",
-            "ATHENA_API_KEYS": json.dumps([KEY]),
+            "ATHENA_API_KEYS": json.dumps([KEY, ODD_KEY]),
             **environment,
         }
         self.api_url = ""
@@ -151,45 +153,76 @@ class Service:
         await_true(lambda: "ongoing" not in self.status("/restore/status", asked), "the restore's end", 180)
         return self.status("/restore/status", asked)
 
+    def command(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Another `athena-backup` command beside the service, with the service's environment."""
+        return subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *arguments],
+            env={**self.environment, **environment},
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+        )
 
-@contextmanager
-def stopped_child(service: Service, program: str = "pg_dump", seconds: float = 60.0) -> Iterator[int]:
-    """Catch the next process of this program that the service starts, and hold it still (SIGSTOP) while the block lasts."""
-    found: list[int] = []
-    before = set(_pids_of(service, program))
+    def prefect(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
+        """A call of the Prefect server's own API, as its UI makes it."""
+        answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
 
-    def catch() -> bool:
-        for pid in set(_pids_of(service, program)) - before:
-            try:
-                os.kill(pid, signal.SIGSTOP)
-            except ProcessLookupError:
+    def press_run(self, flow: str, parameters: dict[str, object], namespace: str = "app") -> str:
+        """Start a run as Prefect's UI does, without our tags, lease or name; the run's id."""
+        deployment = self.prefect("GET", f"/deployments/name/{flow}/{namespace}")["id"]
+        asked = {"parameters": parameters, "enforce_parameter_schema": False, "state": {"type": "SCHEDULED"}}
+        return str(self.prefect("POST", f"/deployments/{deployment}/create_flow_run", asked)["id"])
+
+    def run_state(self, run: str) -> str:
+        return str(self.prefect("GET", f"/flow_runs/{run}")["state_type"])
+
+    @contextmanager
+    def stopped_child(self, program: str, seconds: float = 60.0) -> Iterator[int]:
+        """Catch the next of this service's processes of the program, and hold it still (SIGSTOP) while the block lasts."""
+        found: list[int] = []
+        before = set(self._children(program))
+
+        def catch() -> bool:
+            for pid in set(self._children(program)) - before:
+                try:
+                    os.kill(pid, signal.SIGSTOP)
+                except ProcessLookupError:
+                    continue
+                found.append(pid)
+                return True
+            return False
+
+        deadline = time.monotonic() + seconds
+        while not catch():
+            assert time.monotonic() < deadline, f"no {program} was started within {seconds:.0f} s"
+            time.sleep(0.002)
+        try:
+            yield found[0]
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(found[0], signal.SIGCONT)
+
+    def _children(self, program: str) -> Iterator[int]:
+        """The descendants of `up` that run the program: nobody else's of the same name, which may be at real work."""
+        for directory in Path("/proc").iterdir():
+            if not directory.name.isdigit():
                 continue
-            found.append(pid)
-            return True
-        return False
-
-    deadline = time.monotonic() + seconds
-    while not catch():
-        assert time.monotonic() < deadline, f"no {program} was started within {seconds:.0f} s"
-        time.sleep(0.002)
-    try:
-        yield found[0]
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(found[0], signal.SIGCONT)
-
-
-def _pids_of(service: Service, program: str) -> Iterator[int]:
-    """Dumping processes of the service; their own environment is bare, so the service is known by their parent's."""
-    home = f"ATHENA_HOME={service.home / 'athena'}".encode()
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdigit():
             try:
                 if (directory / "comm").read_text().strip() != program:
                     continue
-                parent = re.search(r"^PPid:\s+(\d+)$", (directory / "status").read_text(), re.MULTILINE)
-                is_ours = parent and home in (Path("/proc") / parent.group(1) / "environ").read_bytes().split(b"\0")
-                if is_ours and "--format=custom" in (directory / "cmdline").read_text():
+                arguments = (directory / "cmdline").read_text()
+                # A zombie has none, and can't be held.
+                if not arguments or "--version" in arguments:
+                    continue
+                if self.pid in _ancestors(int(directory.name)):
                     yield int(directory.name)
             except OSError:
                 continue
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid

@@ -1,7 +1,9 @@
 """The contract, answer by answer, against the running service over HTTP."""
 
 import json
+import os
 import re
+import signal
 import statistics
 import threading
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service import KEY, Service, await_true, stopped_child
+from service import KEY, ODD_KEY, Service, await_true
 
 ONGOING = re.compile(
     r"backup/restore operation ongoing with pending DBs: \[[a-z ]*\] and pending Volumes: \[[a-z ]*\]"
@@ -63,9 +65,12 @@ class TestKeys:
             assert "API key" in message(service.call(method, path, Authorization=given))
             assert service.call(method, path, Authorization=given).status_code == 401
 
-    @pytest.mark.parametrize("given", [KEY, f"Bearer {KEY}", f"bearer {KEY}"])
+    @pytest.mark.parametrize("given", [KEY, f"Bearer {KEY}", f"bearer {KEY}", ODD_KEY, f"Bearer {ODD_KEY}"])
     def test_the_key_is_taken_as_it_stands_and_as_a_bearer(self, service: Service, given: str) -> None:
-        assert service.call("GET", "/backup/list", Authorization=given).status_code == 200
+        url = f"{service.api_url}/athena/api/v1/backup/list"
+        # As curl sends it: the bytes of the terminal's UTF-8.
+        answer = httpx.get(url, headers={b"Authorization": given.encode()}, trust_env=False)
+        assert answer.status_code == 200
 
 
 class TestBackup:
@@ -98,7 +103,7 @@ class TestBackup:
         self, service: Service, backed_up: str
     ) -> None:
         timestamp = service.start_backup()
-        with stopped_child(service):
+        with service.stopped_child("pg_dump"):
             assert ONGOING.fullmatch(message(service.call("POST", "/ondemandbackup")))
             second = service.call(
                 "POST", "/ondemandrestore", json.dumps({"timestamp": backed_up, "sourceNamespace": "app"})
@@ -155,7 +160,7 @@ class TestBackup:
         taken: list[float] = []
         with httpx.Client(headers={"Authorization": KEY}, trust_env=False, timeout=30) as client:
             service.start_backup()
-            with stopped_child(service):
+            with service.stopped_child("pg_dump"):
                 for _ in range(100):
                     began = time.monotonic()
                     assert "ongoing" in client.get(f"{service.api_url}/athena/api/v1/backup/latest").text
@@ -200,6 +205,40 @@ class TestDelete:
         assert timestamp not in service.call("GET", "/backup/list").text
         assert not (store_of(service) / "app" / timestamp).exists()
         assert service.call("DELETE", f"/backup/{timestamp}").status_code == 404
+
+    def test_a_failed_set_is_gone_too_and_its_run_speaks_of_it_no_more(self, service: Service) -> None:
+        timestamp = service.start_backup()
+        with service.stopped_child("pg_dump") as pid:
+            os.kill(pid, signal.SIGKILL)
+        await_true(lambda: "ongoing" not in service.status(), "the backup's end")
+        assert timestamp in service.call("GET", "/backup/list").text
+        assert service.call("DELETE", f"/backup/{timestamp}").status_code == 200
+        assert timestamp not in service.call("GET", "/backup/list").text
+        assert service.call("GET", "/backup/status", json.dumps({"timestamp": timestamp})).status_code == 404
+        assert service.call("DELETE", f"/backup/{timestamp}").status_code == 404
+
+    def test_a_backup_that_died_before_it_wrote_anything_can_be_asked_for_and_deleted(self, service: Service) -> None:
+        run = service.press_run("backup", {"request": {"nonsense": True}})
+        await_true(lambda: service.run_state(run) == "FAILED", "the run's end")
+        record = service.call("GET", "/backup/list").json()["backup-list"][-1]
+        assert "nonsense" in record["status"]
+        asked = json.dumps({"timestamp": record["timestamp"]})
+        assert service.call("GET", "/backup/status", asked).json() == record
+        assert service.call("GET", "/backup/delete", asked).status_code == 200
+        assert record not in service.call("GET", "/backup/list").json()["backup-list"]
+
+    def test_a_set_that_a_restore_reads_is_kept_even_if_it_is_another_namespace_s_restore(
+        self, service: Service, backed_up: str
+    ) -> None:
+        run = service.press_run("restore", {"request": {"timestamp": backed_up}})
+        with service.stopped_child("pg_restore"):
+            service.prefect(
+                "PATCH", f"/flow_runs/{run}", {"tags": ["namespace:other", "source:app", f"timestamp:{backed_up}"]}
+            )
+            answer = service.call("DELETE", f"/backup/{backed_up}")
+            assert answer.status_code == 409
+            assert "a restore reads it" in message(answer)
+        await_true(lambda: service.run_state(run) == "COMPLETED", "the restore's end")
 
     def test_a_delete_without_or_with_a_wrong_timestamp_deletes_nothing(self, service: Service, backed_up: str) -> None:
         before = service.call("GET", "/backup/list").json()
@@ -284,6 +323,13 @@ class TestBodies:
             ('{"timestamp": "a", "timestamp": "b"}', ["twice"]),
             (b"\xff\xfe", ["UTF-8"]),
             ("[" * 60_000, ["body"]),
+            (f'{{"timestamp": {"1" * 5_000}}}', ["too many digits"]),
+            (r'{"\ud800": 1, "svcs": {"\ud801": 1}}', [r"\ud800", r"svcs.\ud801"]),
+            (
+                '{"timestamp": "2001-01-01t00-00-00", "svcs": {"gitserver": {"disable": [], "disabled": {}}}}',
+                ["svcs.gitserver"],
+            ),
+            ('{"timestamp": "2001-01-01t00-00-00", "svcs": {"gitserver": {"disable": 1}}}', ["svcs.gitserver"]),
             ('{"x": "' + "y" * 70_000 + '"}', ["longer than"]),
         ],
     )
@@ -294,11 +340,14 @@ class TestBodies:
         assert answer.status_code == 422
         assert [word for word in named if word not in message(answer)] == []
 
-    def test_a_typo_in_svcs_is_refused_because_it_would_overwrite(self, service: Service, backed_up: str) -> None:
-        body = json.dumps({"timestamp": backed_up, "sourceNamespace": "app", "svcs": {"gitsrever": {"disable": True}}})
+    @pytest.mark.parametrize(("typo", "shown"), [("gitsrever", "gitsrever"), ("\ud800", r"\ud800")])
+    def test_a_typo_in_svcs_is_refused_because_it_would_overwrite(
+        self, service: Service, backed_up: str, typo: str, shown: str
+    ) -> None:
+        body = json.dumps({"timestamp": backed_up, "sourceNamespace": "app", "svcs": {typo: {"disable": True}}})
         answer = service.call("POST", "/ondemandrestore", body)
         assert answer.status_code == 422
-        assert "gitsrever" in message(answer)
+        assert shown in message(answer)
 
     def test_an_unknown_member_of_a_backup_body_is_refused(self, service: Service) -> None:
         answer = service.call("POST", "/ondemandbackup", '{"onlyconfig": true}')
@@ -320,6 +369,7 @@ class TestBodies:
         answer = service.call(method, path)
         assert answer.status_code == code
         assert message(answer)
+        assert ("allow" in answer.headers) is (code == 405)
 
 
 def test_the_openapi_page_is_real_and_describes_every_call(service: Service) -> None:

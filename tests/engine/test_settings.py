@@ -52,6 +52,19 @@ def test_the_environment_goes_over_dotenv_which_goes_over_the_file(
     assert settings.athena_volumes == {"edweb": Path("/data/edweb")}
 
 
+def test_a_variable_of_the_environment_replaces_that_of_the_file_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "athena.toml"
+    file.write_text('[athena_volumes]\nedweb = "/of/the/file"\n[athena_databases]\nasp = "postgresql://file/asp"\n')
+    (tmp_path / ".env").write_text('ATHENA_DATABASES={"gogs": "postgresql://dotenv/gogs"}\n')
+    monkeypatch.setenv("ATHENA_CONFIG", str(file))
+    monkeypatch.setenv("ATHENA_VOLUMES", '{"gitserver": "/of/the/environment"}')
+    settings = load_settings()
+    assert settings.athena_volumes == {"gitserver": Path("/of/the/environment")}
+    assert list(settings.athena_databases) == ["gogs"]
+
+
 def test_the_platforms_json_is_read_nested_and_dotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "athena.json"
     file.write_text(
@@ -91,6 +104,10 @@ def test_the_platforms_json_is_read_nested_and_dotted(tmp_path: Path, monkeypatc
         ("ATHENA_API_PORT", "99999", "ATHENA_API_PORT"),
         ("GCP_SERVICE_ACCOUNT", "hunter2", "GCP_SERVICE_ACCOUNT"),
         ("ATHENA_CONFIG", "/nowhere/x.toml", "/nowhere/x.toml"),
+        ("ATHENA_VOLUMES", '{"edweb": "data/edweb"}', "edweb: 'data/edweb'"),
+        ("ATHENA_VOLUMES", '{"edweb": ""}', "absolute"),
+        ("ATHENA_API_KEYS", '["hunter2", ""]', "a key is empty"),
+        ("ATHENA_API_KEYS", '["hunter2 "]', "white space"),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +130,29 @@ def test_an_unknown_member_of_a_file_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("ATHENA_CONFIG", str(tmp_path / "a.toml"))
     with pytest.raises(ConfigurationError, match="athena_namspace"):
         load_settings()
+
+
+def test_a_json_file_that_holds_no_object_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setenv("ATHENA_CONFIG", str(tmp_path / "a.json"))
+    with pytest.raises(ConfigurationError, match=r"a\.json is not JSON: a JSON object is needed"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ATHENA_DATABASES", '{"asp": "postgresql://u:hunter2@h/d?sslmode=require&password=hunter2"}'),
+        ("PREFECT_API_URL", "https://u:hunter2@prefect/api/"),
+        ("ATHENA_HEALTH_URLS", '["http://u:hunter2@edweb/health?token=hunter2&x=1"]'),
+        ("AWS_S3_ENDPOINT", "https://u:hunter2@s3/"),
+    ],
+)
+def test_a_password_in_an_address_is_masked(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    text = str(shown(load_settings())[name])
+    assert "hunter2" not in text
+    assert "://u:***" in text
 
 
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from service import Service, await_true, stopped_child
+from service import Service, await_true
 
 SEEN_WITHIN_SECONDS = 150
 """A lease runs out after 60 to 75 s (field notes); whatever is dead has to be seen within 120 s."""
@@ -59,7 +59,7 @@ def record(service: Service, timestamp: str) -> str:
 )
 def test_the_death_of_any_part_of_the_service(service: Service, part: str) -> None:
     timestamp = service.start_backup()
-    with stopped_child(service):
+    with service.stopped_child("pg_dump"):
         before = manifests(service)
         os.kill(service.pid_of(part), signal.SIGKILL)
         service.wait()
@@ -74,7 +74,7 @@ def test_the_death_of_any_part_of_the_service(service: Service, part: str) -> No
 
 def test_the_death_of_the_flows_own_process_is_seen_within_a_minute_and_frees_the_slot(service: Service) -> None:
     timestamp = service.start_backup()
-    with stopped_child(service):
+    with service.stopped_child("pg_dump"):
         os.kill(service.pid_of("prefect.engine"), signal.SIGKILL)
         await_true(lambda: "ongoing" not in record(service, timestamp), "the death is seen", 60)
     assert record(service, timestamp) != "Success"
@@ -85,7 +85,7 @@ def test_the_death_of_the_flows_own_process_is_seen_within_a_minute_and_frees_th
 
 def test_a_pg_dump_that_dies_half_way_fails_the_set_which_names_component_step_and_cause(service: Service) -> None:
     timestamp = service.start_backup()
-    with stopped_child(service) as pid:
+    with service.stopped_child("pg_dump") as pid:
         os.kill(pid, signal.SIGKILL)
     await_true(lambda: "ongoing" not in record(service, timestamp), "the backup's end", 60)
     status = record(service, timestamp)
@@ -95,10 +95,11 @@ def test_a_pg_dump_that_dies_half_way_fails_the_set_which_names_component_step_a
     assert back_up_as_soon_as_possible(service) == "Success"
 
 
-def test_ctrl_c_in_the_middle_of_a_backup_stops_everything_and_tells_the_truth(service: Service) -> None:
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "terminal closed"])
+def test_ctrl_c_in_the_middle_of_a_backup_stops_everything_and_tells_the_truth(service: Service, sig: int) -> None:
     timestamp = service.start_backup()
-    with stopped_child(service):
-        assert service.stop(signal.SIGINT) == 0
+    with service.stopped_child("pg_dump"):
+        assert service.stop(sig) == 0
         await_nothing_left(service)
     assert timestamp not in manifests(service)
     service.start()
