@@ -12,7 +12,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import wait
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
 from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component
@@ -73,11 +73,11 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 working.store,
                 working.set_id,
                 expected,
-                working.fault_list(),
+                working.fault_list() or working.why_stopped(),
                 run_id=str(working.run_id),
                 began=working.began,
                 only_databases=request.only_databases,
-                cancelled=working.operation.cancelled,
+                cancelled=working.was_cancelled(),
             )
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
@@ -88,7 +88,7 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
         size_bytes = sum(part.size_bytes for component in outcome.components for part in component.parts)
         message = f"{outcome.set_id}: {len(outcome.components)} components, {in_units(size_bytes)} stored"
         return Completed(message="; ".join([message, *omissions(outcome.components)]))
-    return Failed(message=outcome.status)
+    return Cancelled(message=outcome.status) if outcome.cancelled else Failed(message=outcome.status)
 
 
 @task(name="back up database", tags=["database", "step:backup"], **RETRYING)

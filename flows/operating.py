@@ -17,16 +17,18 @@ from types import FrameType
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task
 
-from athena_backup.errors import Fault, FinalError, fault_of
+from athena_backup.errors import AthenaError, Fault, FinalError, fault_of
 from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.postgres.cut import Cut
@@ -68,6 +70,25 @@ class Working:
     def fault_list(self) -> list[Fault]:
         """The faults in the order in which they happened."""
         return sorted(self.faults.values(), key=lambda fault: fault.at)
+
+    def why_stopped(self) -> list[Fault]:
+        """Why the operation was told to stop, if it was: a set that lost the slot at its very end is none."""
+        try:
+            self.operation.check()
+        except AthenaError as error:
+            return [error.fault()]
+        return []
+
+    def was_cancelled(self) -> bool:
+        """Whether somebody cancelled the run in Prefect; a lost slot, a time-out or a stopped service is none."""
+        if not self.operation.cancelled:
+            return False
+        try:
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(self.run_id).state
+        except (httpx.HTTPError, PrefectHTTPStatusError):
+            return False
+        return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
 WORKING: ContextVar[Working] = ContextVar("working")
@@ -181,25 +202,23 @@ def _tags(run: FlowRun, namespace: str, set_id: SetId, kind: Kind, lease: UUID) 
 
 @contextlib.contextmanager
 def _signals(operation: Operation) -> Iterator[None]:
-    """SIGTERM sets the token first; Prefect's own handler comes after the flow has put its things in order."""
+    """SIGTERM sets the token and nothing else: the flow puts its things in order, and its own last state says how it ended.
+
+    Prefect's handler would have the run end as crashed, with a message that names neither component nor step.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.getsignal(signal.SIGTERM)
-    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(number)
-        operation.cancel("cancelled, or the service was stopped")
+        del number, frame
+        operation.cancel("its process was told to end, as when the service is stopped")
 
-    signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-        if received and callable(previous):
-            previous(received[0], None)
 
 
 def run_log() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:

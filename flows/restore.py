@@ -13,7 +13,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.futures import wait
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from athena_backup.catalog import whole_manifest
 from athena_backup.errors import AthenaError, Fault, FinalError, UnavailableError, fault_of
@@ -69,7 +69,8 @@ def restore(request: RestoreRequest) -> State[Any]:
             report(manifest, chosen, switched, left_alone, working), description="Disaster-recovery report"
         )
     if faults or len(switched) < len(chosen):
-        return Failed(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
+        ended = Cancelled if working.was_cancelled() else Failed
+        return ended(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
     message = f"{working.set_id}: restored {' '.join(switched) or 'nothing'}"
     message += f"; left alone: {' '.join(left_alone)}" if left_alone else ""
     return Completed(message="; ".join([message, *omissions(chosen)]))
