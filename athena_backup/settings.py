@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     athena_health_urls: list[str] = Field(
         default=[], description="Asked before and after a restore; each has to answer 2xx."
     )
+    athena_health_seconds: float = Field(120, ge=0, description="How long they are waited for.")
     athena_home: Path = Field(
         default_factory=lambda: (
             Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "athena-backup"

@@ -3,6 +3,7 @@
 Each look is on its own, so one fault hides no other; what it prints is for the person who has to mend it.
 """
 
+import contextlib
 import itertools
 import os
 import secrets
@@ -136,10 +137,18 @@ def check_volume(directory: Path, *, may_be_empty: bool) -> str:
     return f"{directory}, readable"
 
 
+def refuse_overlaps(settings: Settings) -> None:
+    """Raise `FinalError` for volumes that can't be backed up and restored each by itself."""
+    found = overlaps(settings)
+    if found:
+        raise FinalError("; ".join(found), next_step="correct ATHENA_VOLUMES", step="starting")
+
+
 def overlaps(settings: Settings) -> list[str]:
-    """Volumes that lie in one another, or that hold the local store or our own state ("volumes", section 5)."""
+    """Volumes that lie in one another, or that hold the local store, our own state or a PostgreSQL server's ("volumes", 5)."""
     places = {f"volume {name}": Path(os.path.realpath(path)) for name, path in settings.athena_volumes.items()}
     forbidden = {"ATHENA_HOME": Path(os.path.realpath(settings.athena_home))}
+    forbidden["PREFECT_HOME"] = Path(os.path.realpath(settings.prefect_home))
     if settings.object_store_location_type == "local":
         forbidden["the store"] = Path(os.path.realpath(settings.object_store_location_local))
     among = [
@@ -152,7 +161,22 @@ def overlaps(settings: Settings) -> list[str]:
         for name, what in itertools.product(places, forbidden)
         if _overlap(places[name], forbidden[what])
     ]
-    return among + with_ours
+    with_servers = [
+        f"{name} holds the data directory of a PostgreSQL server: copied as files, it could not be started again"
+        for name, place in places.items()
+        if _holds_data_directory(place)
+    ]
+    return among + with_ours + with_servers
+
+
+def _holds_data_directory(place: Path) -> bool:
+    """Whether the place, one above it or one directly in it is a data directory (PostgreSQL manual, 73.1)."""
+    with contextlib.suppress(OSError):
+        if any((folder / "PG_VERSION").is_file() for folder in (place, *place.parents)):
+            return True
+        with os.scandir(place) as found:
+            return any(one.is_dir() and os.path.isfile(f"{one.path}/PG_VERSION") for one in found)
+    return False
 
 
 def _overlap(one: Path, other: Path) -> bool:

@@ -22,6 +22,7 @@ import httpx
 
 from athena_backup.errors import FinalError
 from athena_backup.settings import Settings, masked_url
+from deployments.checkup import refuse_overlaps
 from deployments.tree import ProcessTree
 
 _LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
@@ -56,12 +57,16 @@ def service_environment(settings: Settings, prefect_api_url: str) -> dict[str, s
 
 
 @contextlib.contextmanager
-def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterator[tuple[Running, ProcessTree]]:
+def running_service(
+    settings: Settings, *, say: Callable[[str], None], is_stopped: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[Running, ProcessTree]]:
     """Start the service; the block has it running, and leaving the block stops it.
 
-    Raises `FinalError` if another one runs on the same ATHENA_HOME, a port is taken, or a part won't start.
+    Raises `FinalError` if another one runs on the same ATHENA_HOME, volumes lie in one another, a port is taken, a part
+    won't start, or ``is_stopped`` came true before all had started.
     """
-    with _only_one(settings), ProcessTree() as tree:
+    refuse_overlaps(settings)
+    with _only_one(settings), ProcessTree(is_stopped=is_stopped) as tree:
         own_server = settings.prefect_api_url is None
         prefect_port = _port("127.0.0.1", settings.athena_prefect_port, "ATHENA_PREFECT_PORT") if own_server else 0
         prefect_api_url = settings.prefect_api_url or f"http://127.0.0.1:{prefect_port}/api"
@@ -113,13 +118,18 @@ def running_service(settings: Settings, *, say: Callable[[str], None]) -> Iterat
 def up(settings: Settings, *, say: Callable[[str], None]) -> int:
     """Run the service until Ctrl-C, SIGTERM, SIGHUP or the end of one of its parts; the exit code of the command."""
     with stop_signals() as stopped:
-        with running_service(settings, say=say) as (running, tree):
-            for line in announcement(running):
-                say(line)
+        try:
+            with running_service(settings, say=say, is_stopped=stopped.is_set) as (running, tree):
+                for line in announcement(running):
+                    say(line)
+                ended = None
+                while not stopped.wait(0.5) and ended is None:
+                    ended = tree.ended()
+                say("stopping ...")
+        except FinalError:
+            if not stopped.is_set():
+                raise
             ended = None
-            while not stopped.wait(0.5) and ended is None:
-                ended = tree.ended()
-            say("stopping ...")
         if ended is not None:
             say(f"{ended[0]} ended with exit code {ended[1]}, so the service was stopped; start it again")
             return 1

@@ -27,6 +27,8 @@ class ProcessTree:
     """The children of one foreground command. Use as a context manager; leaving it leaves no process behind."""
 
     grace_seconds: float = 45.0
+    is_stopped: Callable[[], bool] = lambda: False
+    """Whether somebody wants the tree to stop: then no further child is waited for."""
     _children: "dict[str, subprocess.Popen[bytes]]" = field(default_factory=dict)
     _others: set[int] = field(default_factory=set)
     """Children that the owner had before: not ours to end."""
@@ -58,6 +60,8 @@ class ProcessTree:
         self._children[name] = process
         deadline = time.monotonic() + ready_seconds
         while not is_ready():
+            if self.is_stopped():
+                raise FinalError("stopped while starting")
             if process.poll() is not None:
                 raise FinalError(f"{name} ended with exit code {process.returncode} while starting; its log is above")
             if time.monotonic() > deadline:

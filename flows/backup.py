@@ -81,9 +81,9 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
             )
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
-    except AthenaError as error:
+    except Exception as error:  # noqa: BLE001 - here the flow ends, and its last state has to say why
         run_log().error("the backup failed", exc_info=True)
-        return Failed(message=str(error.fault(step="preparing the backup")))
+        return Failed(message=str(fault_of(error, step="preparing the backup")))
     if isinstance(outcome, Manifest):
         size_bytes = sum(part.size_bytes for component in outcome.components for part in component.parts)
         message = f"{outcome.set_id}: {len(outcome.components)} components, {in_units(size_bytes)} stored"

@@ -35,9 +35,9 @@ def recover() -> State[Any]:
         return Completed(
             name=SKIPPED, message="skipped: another operation of the namespace is running and recovers first"
         )
-    except AthenaError as error:
+    except Exception as error:  # noqa: BLE001 - here the flow ends, and its last state has to say why
         run_log().error("the recovery failed", exc_info=True)
-        return Failed(message=str(error.fault(step="preparing the recovery")))
+        return Failed(message=str(fault_of(error, step="preparing the recovery")))
     if faults:
         return Failed(message="; ".join(str(fault) for fault in faults))
     return Completed(message="nothing that a killed restore left is in the way")

@@ -5,6 +5,7 @@ switch came before as at the backup, and the others as they were; its status say
 """
 
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import wait
 from prefect.states import Cancelled, Completed, Failed
 
@@ -32,10 +34,8 @@ from flows.backup import RETRYING
 from flows.components import database_of, omissions, volume_of
 from flows.operating import SlotTakenError, Working, component_work, free_slot, operating, run_log, task_threads
 from flows.recovery import half_switched_volumes, recover_after_crash, recover_from_the_dead
-from flows.requests import RestoreRequest
+from flows.requests import RestoreRequest, unknown_names
 from flows.runs import RESTORE, SKIPPED
-
-_HEALTH_SECONDS = 120
 
 
 @flow(name=RESTORE, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot, recover_after_crash])
@@ -49,10 +49,11 @@ def restore(request: RestoreRequest) -> State[Any]:
         with operating(RESTORE, request.set_id(load_settings().athena_namespace)) as working:
             if not request.skip_health_check_before:
                 check_health(working, "before the restore")
-            faults = recover_from_the_dead(working)
+            unrecovered = recover_from_the_dead(working)
             manifest = whole_manifest(working.store, working.set_id)
-            chosen, homeless = choose(manifest, request, working)
-            faults = [*faults, *homeless] or preflight(chosen, working)
+            chosen, faults = choose(manifest, request, working)
+            faults += [fault for fault in unrecovered if fault.component in {one.name for one in chosen}]
+            faults = faults or preflight(chosen, working)
             switched = [] if faults else stage_and_switch(chosen)
             faults = faults or working.fault_list()
             discard_all(chosen, working)
@@ -60,14 +61,12 @@ def restore(request: RestoreRequest) -> State[Any]:
                 faults = health_faults(working)
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
-    except AthenaError as error:
+    except Exception as error:  # noqa: BLE001 - here the flow ends, and its last state has to say why
         run_log().error("the restore failed", exc_info=True)
-        return Failed(message=str(error.fault(step="preparing the restore")))
+        return Failed(message=str(fault_of(error, step="preparing the restore")))
     left_alone = [name for name in configured(working) if name not in {one.name for one in chosen}]
     if request.report:
-        create_markdown_artifact(
-            report(manifest, chosen, switched, left_alone, working), description="Disaster-recovery report"
-        )
+        write_report(report(manifest, chosen, switched, left_alone, working))
     if faults or len(switched) < len(chosen):
         ended = Cancelled if working.was_cancelled() else Failed
         return ended(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
@@ -77,8 +76,9 @@ def restore(request: RestoreRequest) -> State[Any]:
 
 
 def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tuple[list[Component], list[Fault]]:
-    """The set's components that are to be restored, and a fault for each that has no place to go."""
+    """The set's components that are to be restored, and a fault for each that has no place to go, and for unknown names."""
     places = configured(working)
+    unknown = unknown_names(request.skip, {one.name for one in manifest.components} | set(places))
     chosen = [one for one in manifest.components if not request.skips(one.name, is_database=one.kind == "database")]
     homeless = [one.name for one in chosen if places.get(one.name) != one.kind]
     faults = [
@@ -88,6 +88,8 @@ def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tup
         ).fault(component=name, step="checking before the restore")
         for name in homeless
     ]
+    if unknown:
+        faults.append(FinalError(unknown, next_step="correct skip").fault(step="checking before the restore"))
     return chosen, faults
 
 
@@ -198,10 +200,13 @@ def discard_all(chosen: Sequence[Component], working: Working) -> None:
 def check_health(working: Working, when: str) -> None:
     """Ask every URL of ATHENA_HEALTH_URLS until it answers 2xx; raises `UnavailableError` naming those that don't."""
     waiting = list(working.settings.athena_health_urls)
-    for _ in range(_HEALTH_SECONDS):
+    deadline = time.monotonic() + working.settings.athena_health_seconds
+    while True:
         waiting = [url for url in waiting if not _is_healthy(url)]
         if not waiting:
             return
+        if time.monotonic() >= deadline:
+            break
         working.operation.pause(1)
     raise UnavailableError(
         f"not healthy {when}: {', '.join(waiting)}",
@@ -221,7 +226,7 @@ def health_faults(working: Working) -> list[Fault]:
 def _is_healthy(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 
@@ -256,6 +261,14 @@ def failure_text(
     }
     text = "; ".join(str(fault) for fault in faults) or "not every component was restored"
     return "; ".join([text, *(f"{state}: {' '.join(found)}" for state, found in states.items() if found)])
+
+
+def write_report(text: str) -> None:
+    """Leave the report as an artifact of the run; a server that fails it does not make the restore a failure."""
+    try:
+        create_markdown_artifact(text, description="Disaster-recovery report")
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        run_log().warning("the report could not be kept; this is it:\n%s", text, exc_info=True)
 
 
 def report(

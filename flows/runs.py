@@ -359,7 +359,7 @@ def _operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
         begun=state in _WORKING,
         ended=state not in _WAITING | _WORKING,
         outcome=_outcome(run),
-        message=_message(run),
+        message=_message(kind, run),
         at=at,
         state_at=run.state.timestamp if run.state else at,
         only_databases=bool(parameters.get("only_databases", False)),
@@ -383,9 +383,13 @@ def _outcome(run: FlowRun) -> Literal["success", "failed", "cancelled", "skipped
             return None
 
 
-def _message(run: FlowRun) -> str:
+def _message(kind: Kind, run: FlowRun) -> str:
     message = (run.state.message if run.state else None) or ""
-    return "error starting: the service was stopped before the operation had begun" if message == _STOPPED else message
+    if message == _STOPPED:
+        return "error starting: the service was stopped before the operation had begun"
+    if run.state_type is StateType.CRASHED:
+        return f"error running the {kind}: {message.strip() or 'its process died'}"
+    return message
 
 
 def skip_missed(client: SyncPrefectClient, namespace: str) -> int:

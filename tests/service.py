@@ -51,14 +51,19 @@ class Service:
         self.output: list[str] = []
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
-        """Start it and wait until it has said where it is."""
+    def begin(self) -> "queue.Queue[str | None]":
+        """Start it without waiting; the lines that it prints from now on, None at their end."""
         command = [sys.executable, "-m", "deployments.cli", "up"]
         self._process = subprocess.Popen(
             command, env=self.environment, cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, args=(self._process, lines), daemon=True).start()
+        return lines
+
+    def start(self) -> None:
+        """Start it and wait until it has said where it is."""
+        lines = self.begin()
         deadline = time.monotonic() + _START_SECONDS
         while (line := lines.get(timeout=max(0.1, deadline - time.monotonic()))) is not None:
             if found := re.match(r"(API|Prefect UI): +(http\S+)", line):

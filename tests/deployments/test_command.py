@@ -1,10 +1,12 @@
 """The command line from outside: what it refuses, in one clear line without a secret, and what `check` finds."""
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from service import Service
+from service import Service, await_true
 
 
 def refusal(service: Service, *arguments: str, **environment: str) -> str:
@@ -53,3 +55,28 @@ def test_an_empty_volume_that_would_fail_the_backup_fails_the_check(service: Ser
     assert f"FAIL  volume edweb: {tmp_path} is empty: is it mounted?" in checked.stdout
     checked = service.command("check", ATHENA_VOLUMES=volumes, ATHENA_EMPTY_VOLUMES='["edweb"]')
     assert f"ok    volume edweb: {tmp_path}" in checked.stdout
+
+
+def test_volumes_that_cannot_be_restored_each_by_itself_are_refused_at_every_start(
+    service: Service, tmp_path: Path
+) -> None:
+    for folder in ("outer/inner", "cluster/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "cluster" / "data" / "PG_VERSION").write_text("18\n")
+    (tmp_path / "link").symlink_to(tmp_path / "outer" / "inner")
+    volumes = {"one": "outer", "two": "link", "three": "cluster"}
+    places = json.dumps({name: str(tmp_path / folder) for name, folder in volumes.items()})
+    said = refusal(service, "up", ATHENA_HOME=str(tmp_path / "outer" / "home"), ATHENA_VOLUMES=places)
+    assert "volume one and volume two lie in one another" in said
+    assert "volume one and ATHENA_HOME lie in one another" in said
+    assert "volume three holds the data directory of a PostgreSQL server" in said
+
+
+def test_ctrl_c_while_the_service_starts_stops_it_at_once(make_service: Callable[..., Service]) -> None:
+    starting = make_service("starting")
+    starting.begin()
+    await_true(lambda: any("starting the Prefect server" in line for line in starting.output), "the start")
+    await_true(lambda: any("prefect.server" in command for command in starting.processes().values()), "the server")
+    assert starting.stop(signal.SIGINT) == 0
+    assert not any("starting the runner" in line for line in starting.output)
+    assert not starting.processes()

@@ -1,0 +1,106 @@
+"""What keeps an operation from doing harm: the slot, names that nobody knows, the health of the destination's services."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from service import Service, await_true
+
+
+class Health:
+    """A service of the destination that can be well or not, and knows how often it was asked."""
+
+    def __init__(self, server: ThreadingHTTPServer) -> None:
+        self.url = f"http://127.0.0.1:{server.server_port}/healthz"
+        self.is_well = True
+        self.asked = 0
+
+
+@pytest.fixture(scope="module")
+def health() -> Iterator[Health]:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.asked += 1
+            self.send_response(200 if state.is_well else 503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        state = Health(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield state
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def service(make_service: Callable[..., Service], health: Health) -> Service:
+    made = make_service("guards", ATHENA_HEALTH_URLS=json.dumps([health.url]), ATHENA_HEALTH_SECONDS="1")
+    made.start()
+    return made
+
+
+@pytest.fixture(scope="module")
+def timestamp(service: Service) -> str:
+    timestamp, status = service.back_up()
+    assert status == "Success"
+    return timestamp
+
+
+@pytest.fixture
+def file(service: Service) -> Path:
+    """A live file that differs from the set's: who reads it sees whether a restore has touched it."""
+    file = Path(json.loads(service.environment["ATHENA_VOLUMES"])["gitserver"]) / "folder" / "file"
+    file.write_text("live")
+    return file
+
+
+def test_a_run_that_finds_the_slot_taken_ends_as_skipped_and_is_no_backup(service: Service, timestamp: str) -> None:
+    service.start_backup()
+    with service.stopped_child("pg_dump"):
+        listed = service.call("GET", "/backup/list").json()
+        run = service.press_run("backup", {})
+        await_true(lambda: service.run_state(run) == "COMPLETED", "the second run's end", 60)
+        assert service.prefect("GET", f"/flow_runs/{run}")["state_name"] == "Skipped"
+    await_true(lambda: service.status() == "Success", "the first backup's end")
+    assert len(service.call("GET", "/backup/list").json()["backup-list"]) == len(listed["backup-list"]) + 1
+
+
+def test_a_typo_in_the_form_of_prefects_ui_overwrites_nothing(service: Service, timestamp: str, file: Path) -> None:
+    run = service.press_run("restore", {"request": {"timestamp": timestamp, "skip": ["gitsrever"]}})
+    await_true(lambda: service.run_state(run) == "FAILED", "the run's end", 60)
+    status = service.status("/restore/status", json.dumps({"timestamp": timestamp}))
+    assert "error checking before the restore: neither the set nor this service has gitsrever" in status
+    assert file.read_text() == "live"
+
+
+def test_a_destination_that_is_not_healthy_is_not_touched(
+    service: Service, timestamp: str, file: Path, health: Health
+) -> None:
+    health.is_well = False
+    assert f"not healthy before the restore: {health.url}" in service.restore(timestamp)
+    assert file.read_text() == "live"
+
+
+def test_one_that_is_not_healthy_afterwards_is_told_beside_what_was_restored(
+    service: Service, timestamp: str, file: Path, health: Health
+) -> None:
+    health.is_well = False
+    status = service.restore(timestamp, disablePreRestoreChecks=True)
+    assert f"error checking health after the restore: not healthy after the restore: {health.url}" in status
+    assert "; restored: asp gogs edweb gitserver" in status
+    assert file.read_text() == "content of gitserver"
+
+
+def test_the_health_checks_can_be_left_out(service: Service, timestamp: str, file: Path, health: Health) -> None:
+    health.is_well, health.asked = False, 0
+    status = service.restore(timestamp, disablePreRestoreChecks=True, disablePostRestoreChecks=True)
+    assert (status, health.asked) == ("Success", 0)
+    assert file.read_text() == "content of gitserver"
+    health.is_well = True
+    assert service.restore(timestamp) == "Success"
+    assert health.asked == 2
