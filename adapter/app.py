@@ -16,7 +16,8 @@ import pydantic
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from fastapi_offline import FastAPIOffline
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 from starlette.exceptions import HTTPException
 
@@ -30,6 +31,7 @@ from adapter.bodies import (
     set_id_of,
     status_request,
 )
+from adapter.patience import patient_client
 from athena_backup.backup import software
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
 from athena_backup.errors import AbsentError, AthenaError
@@ -125,7 +127,7 @@ def create_app(settings: Settings, key_hashes: Sequence[str]) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with get_client(sync_client=True) as client:
+        with patient_client() as client:
             app.state.service = _Service(settings, client, key_hashes)
             burying = asyncio.create_task(_bury_the_dead(app.state.service))
             try:
@@ -135,12 +137,14 @@ def create_app(settings: Settings, key_hashes: Sequence[str]) -> FastAPI:
                 with contextlib.suppress(asyncio.CancelledError):
                     await burying
 
-    app = FastAPI(
+    # With the page's program on board: FastAPI's own page loads it from afar, where an on-premises cluster has no way to.
+    app = FastAPIOffline(
         title="Athena Backup",
         version=software().split()[-1],
         description="Backups and restores of the platform's databases and volumes.",
         lifespan=lifespan,
         docs_url=f"{PREFIX}/docs",
+        static_url=f"{PREFIX}/docs-assets",
         redoc_url=None,
         openapi_url=f"{PREFIX}/openapi.json",
     )

@@ -1,0 +1,58 @@
+"""A Prefect client that asks again at once where the server only was busy for a moment.
+
+Prefect's server answers 503 when its SQLite database is locked by another writer, which passes within milliseconds;
+Prefect's own client then waits for two seconds and more, in which the caller of the API has waited too long already.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, cast
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import PrefectHTTPStatusError
+
+PATIENCE_SECONDS = 5.0
+_PAUSE_SECONDS = 0.03
+
+
+@contextmanager
+def patient_client() -> Iterator[SyncPrefectClient]:
+    """A client for the length of the block, whose calls may each wait `PATIENCE_SECONDS` for a busy server.
+
+    A server that can't be reached is told as by Prefect's own client, after PREFECT_CLIENT_MAX_RETRIES.
+    """
+    with get_client(sync_client=True, httpx_settings={"event_hooks": {"response": [_pass_on_at_once]}}) as client:
+        yield cast("SyncPrefectClient", _Patient(client))
+
+
+def _pass_on_at_once(response: httpx.Response) -> None:
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        response.headers.setdefault("Retry-After", "0")
+
+
+class _Patient:
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._client, name)
+        return _patient(attribute) if callable(attribute) else attribute
+
+
+def _patient(call: Callable[..., object]) -> Callable[..., object]:
+    @wraps(call)
+    def again(*arguments: object, **options: object) -> object:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return call(*arguments, **options)
+            except PrefectHTTPStatusError as error:
+                # 503 means that nothing was written, so that asking again does nothing twice.
+                if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    return again
