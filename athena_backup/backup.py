@@ -172,7 +172,7 @@ def close_set(
         manifest = Manifest.model_validate(
             {
                 **document,
-                "proved_by": "fsync+size" if store.location.type == "local" else "size",
+                "proved_by": store.proof,
                 "only_databases": only_databases,
                 "servers": tuple(servers[number] for number in sorted(servers)),
                 "components": tuple(chosen),

@@ -7,19 +7,23 @@ is whole, and `read_part` ends without one only if every byte that was written h
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import zstandard
 
-from athena_backup.errors import DamagedError, FinalError
+from athena_backup.errors import AthenaError, DamagedError, FinalError, UnavailableError
 from athena_backup.manifest import Part
-from athena_backup.operation import Operation
-from athena_backup.store import Store
+from athena_backup.operation import LOOK_SECONDS, Operation
+from athena_backup.store import Store, UnsettledError
 
 PART_LIMIT_BYTES = 64 << 30
 """A part ends here and its stream goes on in the next one (design.md, section 3)."""
 COMPRESSION_LEVEL = 1
+_GRACE_SECONDS = 5.0
+_Result = TypeVar("_Result")
 
 # zstandard's decompressor has no bound on what one call returns, and a run of equal bytes expands up to 32,768 times
 # (4 bytes for a block of 128 KiB, RFC 8878 section 3.1.1.2): slices this small keep one call at 32 MiB. With 4 KiB two
@@ -114,14 +118,62 @@ def _write_part(
         size_bytes += len(tail)
         yield tail
 
-    entry = store.write(key, compressed())
+    try:
+        entry = watched(lambda: store.write(key, compressed()), operation)
+        is_proven = store.proof != "read-back"
+    except UnsettledError as error:
+        entry, is_proven = error.entry, False
     if entry.size_bytes != size_bytes:
         raise DamagedError(
             f"the store has {entry.size_bytes} bytes of {key}, {size_bytes} were written",
             next_step="the store loses bytes: do not rely on it before its owner has found out why",
             step="storing",
         )
+    if not is_proven:
+        _read_back(store, key, digest.hexdigest(), operation)
     return Part(key=key, size_bytes=size_bytes, raw_size_bytes=raw_size_bytes, sha256=digest.hexdigest())
+
+
+def _read_back(store: Store, key: str, sha256: str, operation: Operation) -> None:
+    """Read what was written and hash it; raises `UnavailableError` for other bytes: another try may send them whole."""
+    digest = hashlib.sha256()
+    for chunk in store.read(key):
+        operation.check()
+        digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise UnavailableError(
+            f"{key} is not what was sent: some byte was changed on the way to the store or in it",
+            next_step="if it happens again, the store or the way to it is broken: use https, or another one",
+            step="reading back",
+        )
+
+
+def watched(call: Callable[[], _Result], operation: Operation) -> _Result:
+    """Make a call that may hang in the store's client, and don't hang with it: raises like `Operation.check` within seconds.
+
+    A call that doesn't notice the cancel within `_GRACE_SECONDS` is left to its own time-outs, in a thread that keeps nobody.
+    """
+    done = threading.Event()
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+            errors.append(error)
+        done.set()
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    while not done.wait(LOOK_SECONDS):
+        try:
+            operation.check()
+        except AthenaError:
+            if not done.wait(_GRACE_SECONDS):
+                raise
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def read_part(part: Part, store: Store, operation: Operation) -> Iterator[bytes]:
@@ -133,6 +185,7 @@ def read_part(part: Part, store: Store, operation: Operation) -> Iterator[bytes]
     begun = False
     try:
         for chunk in store.read(part.key):
+            operation.check()
             digest.update(chunk)
             size_bytes += len(chunk)
             for start in range(0, len(chunk), _SLICE_BYTES):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol
 
-from athena_backup.errors import FinalError
+from athena_backup.errors import FinalError, UnavailableError
 
 OWN_PREFIX = ".athena-"
 CHUNK_SIZE_BYTES = 1 << 20
@@ -22,10 +22,12 @@ DOCUMENT_LIMIT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class StoreLocation:
-    """Which store: its type and, for ``local``, the directory as the configuration writes it."""
+    """Which store: its type, and the directory as the configuration writes it, the bucket, or the container's URL."""
 
     type: StoreType
     place: str
+    region: str = ""
+    """Of a bucket in S3; else empty."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Entry:
     key: str
     size_bytes: int
     modified: datetime
+
+
+class UnsettledError(UnavailableError):
+    """A write's last answer was lost, but an object of the right size stands: whoever knows its hash can settle it."""
+
+    def __init__(self, cause: str, *, entry: Entry) -> None:
+        super().__init__(cause, step="storing")
+        self.entry = entry
 
 
 class Store(Protocol):
@@ -49,6 +59,14 @@ class Store(Protocol):
     def location(self) -> StoreLocation:
         """Where the store is; never holds a secret."""
 
+    @property
+    def proof(self) -> str:
+        """How it is known that stored bytes are those that were sent, in the words of the manifest's ``proved_by``.
+
+        ``fsync+size``: synced to the disk; ``digest``: checked by the store against a hash that was sent along; ``tls+size``,
+        ``read-back``: not checked by the store, so with ``read-back`` the writer reads every part again and hashes it.
+        """
+
     def entries(self, prefix: str) -> Iterator[Entry]:
         """All objects below the folder ``prefix`` (which ends with ``/`` or is empty), in the order of their keys."""
 
@@ -59,12 +77,16 @@ class Store(Protocol):
         """A look at one object; None where there is none."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """The bytes from ``start`` up to ``end`` (exclusive; None: all) in chunks of at most `CHUNK_SIZE_BYTES`."""
+        """The bytes from ``start`` up to ``end`` (exclusive; None: all) in chunks of at most `CHUNK_SIZE_BYTES`.
+
+        An empty chunk says that the next bytes are still on their way: the reader looks whether it was cancelled.
+        """
 
     def write(self, key: str, chunks: Iterable[bytes]) -> Entry:
         """Store what ``chunks`` yields: wholly visible on return, not at all when the call (or an iteration) raises.
 
-        A key is written once: an object that exists already is kept, and `FinalError` raised.
+        A key is written once: an object that exists already is kept, and `FinalError` raised. Raises `UnsettledError` where
+        it may be whole although the last answer was lost.
         """
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:

@@ -127,6 +127,11 @@ class LocalStore:
         """Where the store is."""
         return self._location
 
+    @property
+    def proof(self) -> str:
+        """See `Store.proof`."""
+        return "fsync+size"
+
     def check_root(self) -> None:
         """Raise `FinalError` or `DeniedError` if the store's directory isn't there or may not be read."""
         with self.opened_root():

@@ -1,0 +1,210 @@
+"""How a client for an object store is made: from explicit values alone, whatever the environment says ("stores", 4 to 6).
+
+Each function takes its values and returns an `ObjectStore`; which settings or Prefect block they come from is not known
+here. Given keys are used as they are; without keys the platform's own identity is asked for, anew before it expires.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from athena_backup.errors import FinalError
+from athena_backup.store import StoreLocation
+from athena_backup.store.credentials import aws_identity, azure_identity, google_identity
+from athena_backup.store.objects import ObjectStore
+from athena_backup.store.sweep import S3Access, abort_uploads
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+TIMEOUT_SECONDS = 300
+"""For one request, its body included: 8 MiB pass at 28 KB/s."""
+CONNECT_TIMEOUT_SECONDS = 10
+_RETRIES: "RetryConfig" = {
+    "max_retries": 8,
+    # Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig).
+    "retry_timeout": timedelta(seconds=240),
+    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
+}
+_FOREIGN_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
+_environment_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the bytes travel to a store, the same for every kind."""
+
+    streams: int = 2
+    """Objects that are written or read at once; `ObjectStore` divides its buffers among them."""
+    allow_http: bool = False
+    """Use plain http where nothing but a read-back would show a flipped byte (Azure, Google); S3 signs its bytes."""
+    read_back: bool = False
+    """Read every part again and hash it before it counts as written."""
+    ca_bundle: Path | None = None
+    """Certificates of an own authority, PEM; trusted besides the usual ones."""
+
+    def client_options(self) -> "ClientConfig":
+        """The HTTP client's options; proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Raises `FinalError`."""
+        options: ClientConfig = {
+            "allow_http": True,
+            "timeout": timedelta(seconds=TIMEOUT_SECONDS),
+            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_SECONDS),
+        }
+        if self.ca_bundle is not None:
+            try:
+                options["root_certificate"] = self.ca_bundle.read_bytes()
+            except OSError as error:
+                raise FinalError(f"the CA bundle {self.ca_bundle} can't be read: {error.strerror}") from None
+        return options
+
+    def proof(self, url: str, *, digest: bool) -> str:
+        """How bytes sent to ``url`` are known to be right; raises `FinalError` for http that nobody allowed."""
+        if self.read_back:
+            return "read-back"
+        if digest:
+            return "digest"
+        if urlsplit(url).scheme != "http":
+            return "tls+size"
+        if not self.allow_http:
+            raise FinalError(
+                f"{url} is plain http, over which a flipped byte would not be noticed",
+                next_step="use https, or set ATHENA_STORE_ALLOW_HTTP=true: every part is then read back and hashed",
+            )
+        return "read-back"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """An access key and its secret."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+
+
+def open_s3(
+    bucket: str,
+    endpoint: str,
+    region: str,
+    keys: Keys | None = None,
+    *,
+    path_style: bool = True,
+    way: Way | None = None,
+) -> ObjectStore:
+    """The store in an S3 bucket; without ``keys`` by the usual AWS chain (web identity, instance role, ...)."""
+    way = way or Way()
+    proof = way.proof(endpoint, digest=True)
+    identity = aws_identity() if keys is None else _given(keys)
+    # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint).
+    address = endpoint.rstrip("/") if path_style else _with_bucket(endpoint, bucket)
+
+    def connect() -> S3Store:
+        with bare_environment():
+            return S3Store(
+                bucket,
+                endpoint=address,
+                region=region,
+                virtual_hosted_style_request=not path_style,
+                checksum_algorithm="SHA256",
+                unsigned_payload=False,
+                conditional_put="etag",
+                disable_tagging=True,
+                credential_provider=identity,
+                client_options=way.client_options(),
+                retry_config=_RETRIES,
+            )
+
+    access = S3Access(bucket, endpoint, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
+    location = StoreLocation("s3", bucket, region)
+    return ObjectStore(
+        location, connect, streams=way.streams, proof=proof, abandon=lambda prefix: abort_uploads(access, prefix)
+    )
+
+
+def open_azure(
+    account: str, service_url: str, container: str, key: str | None = None, *, way: Way | None = None
+) -> ObjectStore:
+    """The store in an Azure container; without ``key`` by managed identity (or workload identity, environment, ...)."""
+    way = way or Way()
+    proof = way.proof(service_url, digest=False)
+    identity = None if key is not None else azure_identity()
+
+    def connect() -> AzureStore:
+        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": identity}
+        with bare_environment():
+            return AzureStore(
+                container,
+                account_name=account,
+                endpoint=service_url.rstrip("/"),
+                disable_tagging=True,
+                client_options=way.client_options(),
+                retry_config=_RETRIES,
+                **who,
+            )
+
+    location = StoreLocation("azure-blob-storage", f"{service_url.rstrip('/')}/{container}/")
+    return ObjectStore(location, connect, streams=way.streams, proof=proof)
+
+
+def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None = None) -> ObjectStore:
+    """The store in a Google bucket; ``service_account`` is its JSON, without it Google's default credentials are used."""
+    way = way or Way()
+    proof = way.proof(_google_url(service_account), digest=False)
+    identity = None if service_account is not None else google_identity()
+
+    def connect() -> GCSStore:
+        who: dict[str, Any] = (
+            {"service_account_key": service_account}
+            if service_account is not None
+            else {"credential_provider": identity}
+        )
+        with bare_environment():
+            return GCSStore(bucket, client_options=way.client_options(), retry_config=_RETRIES, **who)
+
+    return ObjectStore(StoreLocation("gcp-cloud-storage", bucket), connect, streams=way.streams, proof=proof)
+
+
+@contextlib.contextmanager
+def bare_environment() -> Iterator[None]:
+    """While the block lasts, this process's environment holds nothing that a client would take for one of its settings.
+
+    Every client reads it at its making, explicit options or not: a foreign AWS_SESSION_TOKEN went with every request (tried).
+    """
+    with _environment_lock:
+        foreign = {name: value for name, value in os.environ.items() if name.upper().startswith(_FOREIGN_PREFIXES)}
+        for name in foreign:
+            del os.environ[name]
+        try:
+            yield
+        finally:
+            os.environ.update(foreign)
+
+
+def _given(keys: Keys) -> Callable[[], Any]:
+    return lambda: {
+        "access_key_id": keys.access_key,
+        "secret_access_key": keys.secret_key,
+        "token": None,
+        "expires_at": None,
+    }
+
+
+def _with_bucket(endpoint: str, bucket: str) -> str:
+    parts = urlsplit(endpoint)
+    if parts.hostname is not None and parts.hostname.startswith(f"{bucket}."):
+        return endpoint.rstrip("/")
+    return f"{parts.scheme}://{bucket}.{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def _google_url(service_account: str | None) -> str:
+    """Where a service account's JSON says that its Google is; emulators are addressed so (obstore manual)."""
+    document = json.loads(service_account) if service_account is not None else {}
+    return str(document.get("gcs_base_url") or "https://storage.googleapis.com")

@@ -1,0 +1,416 @@
+"""The store in an object store, through obstore: one class for S3, Azure Blob Storage and Google Cloud Storage.
+
+What may be believed about an object store stands in "stores": an error of a put or completion means *unknown* (section 2),
+nothing of the client's defaults is relied on (section 4). How a client is made, and from which credentials, is `clients`'
+business; here is only what is done with it.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, TypeVar
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import ObjectStore as Client
+
+from athena_backup.errors import (
+    AbsentError,
+    AthenaError,
+    DamagedError,
+    DeniedError,
+    FinalError,
+    UnavailableError,
+)
+from athena_backup.store import (
+    CHUNK_SIZE_BYTES,
+    OWN_PREFIX,
+    Entry,
+    StoreLocation,
+    UnsettledError,
+    check_key,
+    check_prefix,
+)
+
+if TYPE_CHECKING:
+    from obstore import GetOptions, PutMode
+
+UPLOAD_PART_BYTES = 8 << 20
+"""Size of an upload part and of a range that is read; 10,000 of them are more than the 64 GiB at which a part ends."""
+BUFFER_BUDGET_BYTES = 128 << 20
+"""What all streams of one process together may hold in upload parts and ranges ("stores", section 4)."""
+_PARALLEL_LIMIT = 8
+_TRIES = 4
+_PAUSE_SECONDS = 0.5
+_DELETE_BATCH = 500
+_WAITING_SECONDS = 0.5
+_CAUSE_LIMIT = 300
+
+_Result = TypeVar("_Result")
+logger = logging.getLogger("athena_backup.store")
+
+
+class ObjectStore:
+    """A `Store` in a bucket or container."""
+
+    def __init__(
+        self,
+        location: StoreLocation,
+        connect: Callable[[], Client],
+        *,
+        streams: int = 2,
+        proof: str = "digest",
+        abandon: Callable[[str], int] = lambda _: 0,
+    ) -> None:
+        """``connect`` makes a client with fresh credentials; it is called at first use and when credentials are refused.
+
+        ``streams``: how many objects are written or read at once, among which `BUFFER_BUDGET_BYTES` are divided. ``proof``:
+        how written bytes are known to be right, see `Store.proof`. ``abandon`` aborts the uploads that killed writers left
+        below a prefix and returns how many ("stores", section 7).
+        """
+        self._location = location
+        self._connect = connect
+        self._client: Client | None = None
+        self._proof = proof
+        self._abandon = abandon
+        buffers = BUFFER_BUDGET_BYTES // UPLOAD_PART_BYTES // max(1, streams)
+        # One buffer of each stream is the one that is being filled.
+        self._parallel = max(1, min(_PARALLEL_LIMIT, buffers - 1))
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self._location.type!r}, {self._location.place!r})"
+
+    @property
+    def location(self) -> StoreLocation:
+        """Where the store is."""
+        return self._location
+
+    @property
+    def proof(self) -> str:
+        """See `Store.proof`."""
+        return self._proof
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """See `Store.entries`."""
+        check_prefix(prefix)
+
+        def listed() -> list[Entry]:
+            found: list[Entry] = []
+            for page in obstore.list(self._connected(), prefix=prefix.rstrip("/") or None, chunk_size=1_000):
+                found += [Entry(one["path"], one["size"], one["last_modified"]) for one in page]
+            return found
+
+        found = self._patiently(prefix, listed)
+        # Stores differ in the order of keys that hold a slash.
+        yield from sorted(
+            (entry for entry in found if not _is_own(entry.key) and entry.key.startswith(prefix)),
+            key=lambda one: one.key,
+        )
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """See `Store.folders`."""
+        check_prefix(prefix)
+        listed = self._patiently(
+            prefix, lambda: obstore.list_with_delimiter(self._connected(), prefix=prefix.rstrip("/") or None)
+        )
+        names = (folder.rstrip("/").rpartition("/")[2] for folder in listed["common_prefixes"])
+        yield from sorted(name for name in names if not name.startswith(OWN_PREFIX))
+
+    def head(self, key: str) -> Entry | None:
+        """See `Store.head`."""
+        check_key(key)
+        try:
+            found = self._patiently(key, lambda: obstore.head(self._connected(), key))
+        except AbsentError:
+            return None
+        return Entry(key, found["size"], found["last_modified"])
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """See `Store.read`. Ranges are read in parallel, each retried alone, all of the object that the first one saw."""
+        check_key(key)
+        entry = self._patiently(key, lambda: obstore.head(self._connected(), key))
+        tag, stop = entry["e_tag"], min(entry["size"], end if end is not None else entry["size"])
+        if start >= stop:
+            return
+        ranges = ((begin, min(stop, begin + UPLOAD_PART_BYTES)) for begin in range(start, stop, UPLOAD_PART_BYTES))
+        with contextlib.closing(_Ahead(self._parallel)) as ahead:
+            for begin, finish in itertools.islice(ranges, self._parallel):
+                ahead.submit(functools.partial(self._range, key, tag, begin, finish))
+            while ahead.pending:
+                yield from ahead.waiting()
+                piece = memoryview(ahead.take())
+                following = next(ranges, None)
+                if following is not None:
+                    ahead.submit(functools.partial(self._range, key, tag, *following))
+                for offset in range(0, len(piece), CHUNK_SIZE_BYTES):
+                    yield bytes(piece[offset : offset + CHUNK_SIZE_BYTES])
+
+    def _range(self, key: str, tag: str | None, start: int, end: int) -> bytes:
+        def get() -> bytes:
+            options: GetOptions = {"range": (start, end)}
+            if tag:
+                options["if_match"] = tag
+            return bytes(obstore.get(self._connected(), key, options=options).bytes())
+
+        try:
+            content = self._patiently(key, get)
+        except _ChangedError:
+            raise DamagedError(
+                f"{key} was replaced while it was read", next_step="who writes into the store?"
+            ) from None
+        if len(content) != end - start:
+            raise UnavailableError(f"{key}: the store sent {len(content)} of {end - start} bytes")
+        return content
+
+    def write(self, key: str, chunks: Iterable[bytes]) -> Entry:
+        """See `Store.write`. What fits into one upload part is put in one piece, anything larger as a multipart upload."""
+        check_key(key)
+        if self.head(key) is not None:
+            raise FinalError(f"{key} exists already in {self._location.place}, and nothing is written twice")
+        feed = _Feed(chunks)
+        first = feed.first(UPLOAD_PART_BYTES)
+        try:
+            if feed.ended:
+                obstore.put(self._connected(), key, first, mode="create", use_multipart=False)
+            else:
+                self._upload(key, itertools.chain([first], feed))
+        except (BaseError, OSError, ValueError) as error:
+            if feed.failed or not feed.ended:
+                raise self._told(key, error) from error
+            self._settle(key, feed.size_bytes, error)
+        entry = self.head(key)
+        if entry is None:
+            raise UnavailableError(f"{key} is not in {self._location.place}, although it was stored", step="storing")
+        return entry
+
+    def _upload(self, key: str, chunks: Iterable[bytes]) -> None:
+        try:
+            obstore.put(
+                self._connected(),
+                key,
+                iter(chunks),
+                use_multipart=True,
+                chunk_size=UPLOAD_PART_BYTES,
+                max_concurrency=self._parallel,
+            )
+        except BaseError as error:
+            if _TIMED_OUT.search(str(error)):
+                # Too many at once for this line: the next try of this and every other object goes one by one.
+                self._parallel = 1
+            raise
+
+    def _settle(self, key: str, size_bytes: int, error: Exception) -> None:
+        """Look whether an object stands although its last call failed ("stores", section 2); raises what is to be told."""
+        told = self._told(key, error)
+        if isinstance(told, DeniedError):
+            raise told from error
+        try:
+            entry = self.head(key)
+        except AthenaError:
+            raise told from error
+        if entry is None or entry.size_bytes != size_bytes:
+            raise told from error
+        raise UnsettledError(f"it is unknown whether {key} was written whole: {told.cause}", entry=entry) from error
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """See `Store.put`."""
+        check_key(key)
+        mode: PutMode = "create" if if_absent else "overwrite"
+
+        def put() -> bool:
+            try:
+                obstore.put(self._connected(), key, data, mode=mode, use_multipart=False)
+            except AlreadyExistsError:
+                return False
+            return True
+
+        if if_absent:
+            # Asked once: what a second call would say of the first one's object is the caller's to understand.
+            return self._once(key, put)
+        return self._patiently(key, put)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `Store.delete`."""
+        for batch in _batched(keys, _DELETE_BATCH):
+            for key in batch:
+                check_key(key)
+            try:
+                self._patiently(batch[0], functools.partial(self._delete, batch))
+            except AbsentError:
+                for key in batch:
+                    with contextlib.suppress(AbsentError):
+                        self._patiently(key, functools.partial(self._delete, [key]))
+
+    def _delete(self, keys: list[str]) -> None:
+        obstore.delete(self._connected(), keys)
+
+    def sweep(self, prefix: str) -> int:
+        """See `Store.sweep`."""
+        check_prefix(prefix)
+        try:
+            return self._abandon(prefix)
+        except DeniedError as error:
+            # `check` says so too, and asks for a lifecycle rule instead; no operation depends on it.
+            logger.warning("%s", error)
+            return 0
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
+
+    def _once(self, key: str, call: Callable[[], _Result]) -> _Result:
+        """One call, with errors told; credentials that are refused are renewed once ("stores", section 6)."""
+        try:
+            return call()
+        except (PermissionDeniedError, UnauthenticatedError):
+            self._client = None
+        except (BaseError, OSError, ValueError) as error:
+            raise self._told(key, error) from error
+        try:
+            return call()
+        except (BaseError, OSError, ValueError) as error:
+            raise self._told(key, error) from error
+
+    def _patiently(self, key: str, call: Callable[[], _Result]) -> _Result:
+        """A call that does no harm when it is made again, until it is answered or `_TRIES` have failed."""
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return self._once(key, call)
+            except UnavailableError:
+                if attempt == _TRIES:
+                    raise
+            time.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+        raise AssertionError("the loop above returns or raises")
+
+    def _told(self, key: str, error: Exception) -> AthenaError:
+        """What the client says, in an operator's words; the client's types say less than its text."""
+        text = str(error)
+        what = f"{self._location.type} store {self._location.place}: {key or 'listing'}: {_cause(text)}"
+        if isinstance(error, AthenaError):
+            return error
+        if isinstance(error, PreconditionError):
+            return _ChangedError(what)
+        if _NO_BUCKET.search(text):
+            return FinalError(
+                f"there is no bucket or container {self._location.place}",
+                next_step="create it, or correct its name; this service never makes one",
+                step="storing",
+            )
+        if _SKEWED.search(text):
+            return DeniedError(what, next_step="the clocks of this machine and the store differ: set this one's")
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(text):
+            return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
+        if isinstance(error, FileNotFoundError):
+            return AbsentError(what)
+        if isinstance(error, AlreadyExistsError):
+            return FinalError(what)
+        if isinstance(error, ValueError):
+            return FinalError(what, next_step="check the store's settings")
+        return UnavailableError(what, next_step="check the store's address and the way to it, then try again")
+
+
+class _ChangedError(FinalError):
+    """The object is not the one that was looked at."""
+
+
+_DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken")
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
+_SKEWED = re.compile(r"RequestTimeTooSkewed")
+_TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
+
+
+def _cause(text: str) -> str:
+    """The first sentence of what the client says, with the answer's own code where there is one."""
+    code = re.search(r"<Code>(\w+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
+    line = text.partition("\n\nDebug source")[0].partition("<?xml")[0].partition("\n")[0].rstrip(": ")
+    said = f" ({code.group(1)}: {code.group(2).strip()})" if code and code.group(2) else ""
+    return line[:_CAUSE_LIMIT] + said[:_CAUSE_LIMIT]
+
+
+class _Feed:
+    """The chunks of an object on their way: how many bytes they were, and whether they came to their end."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self.size_bytes = 0
+        self.ended = False
+        self.failed = False
+
+    def first(self, size_bytes: int) -> bytes:
+        """The first chunks joined, at least ``size_bytes`` of them or all."""
+        gathered = bytearray()
+        for chunk in self:
+            gathered += chunk
+            if len(gathered) >= size_bytes:
+                break
+        return bytes(gathered)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            chunk = next(self._chunks)
+        except StopIteration:
+            self.ended = True
+            raise
+        except BaseException:
+            self.failed = True
+            raise
+        self.size_bytes += len(chunk)
+        return chunk
+
+
+class _Ahead:
+    """Pieces that are fetched ahead of their turn, a bounded number of them, and handed out in order."""
+
+    def __init__(self, parallel: int) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="range")
+        self._futures: list[Future[bytes]] = []
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._futures)
+
+    def submit(self, fetch: Callable[[], bytes]) -> None:
+        self._futures.append(self._pool.submit(fetch))
+
+    def waiting(self) -> Iterator[bytes]:
+        """Nothing, again and again, until the next piece is there: the reader looks whether it was cancelled."""
+        while True:
+            try:
+                self._futures[0].exception(timeout=_WAITING_SECONDS)
+            except FutureTimeoutError:
+                yield b""
+            else:
+                return
+
+    def take(self) -> bytes:
+        return self._futures.pop(0).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_own(key: str) -> bool:
+    return any(segment.startswith(OWN_PREFIX) for segment in key.split("/"))
+
+
+def _batched(keys: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(keys)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
