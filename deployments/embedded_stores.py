@@ -4,6 +4,8 @@ S3 is SeaweedFS, which checks signatures (the extra ``embedded``); Azure Blob St
 from npm (``make azurite``). Each is started on a directory, makes a bucket or container, and is stopped with its block.
 """
 
+from __future__ import annotations
+
 import base64
 import contextlib
 import json
@@ -70,7 +72,7 @@ class EmbeddedAzure:
     account: str = AZURE_ACCOUNT
     container: str = BUCKET
 
-    def service(self) -> "BlobServiceClient":
+    def service(self) -> BlobServiceClient:
         """Azure's own client, for what the product itself never does."""
         from azure.storage.blob import BlobServiceClient
 
@@ -178,7 +180,7 @@ def embedded_azure(directory: Path, certificate: Certificate | None = None) -> I
 @contextlib.contextmanager
 def _running(
     command: Sequence[str], directory: Path, environment: dict[str, str] | None = None
-) -> Iterator["subprocess.Popen[bytes]"]:
+) -> Iterator[subprocess.Popen[bytes]]:
     with (directory / "server.log").open("ab") as log:
         process = subprocess.Popen(
             die_with_parent(command),
@@ -200,7 +202,7 @@ def _running(
             process.wait()
 
 
-def _await_ready(name: str, process: "subprocess.Popen[bytes]", is_ready: Callable[[], bool], directory: Path) -> None:
+def _await_ready(name: str, process: subprocess.Popen[bytes], is_ready: Callable[[], bool], directory: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while not is_ready():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -4,6 +4,8 @@ Each function takes its values and returns an `ObjectStore`; which settings or P
 here. Given keys are used as they are; without keys the platform's own identity is asked for, anew before it expires.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 300
 """For one request, its body included: 8 MiB pass at 28 KB/s."""
 CONNECT_TIMEOUT_SECONDS = 10
-_RETRIES: "RetryConfig" = {
+_RETRIES: RetryConfig = {
     "max_retries": 8,
     # Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig).
     "retry_timeout": timedelta(seconds=240),
@@ -52,7 +54,7 @@ class Way:
     ca_bundle: Path | None = None
     """Certificates of an own authority, PEM; trusted besides the usual ones."""
 
-    def client_options(self) -> "ClientConfig":
+    def client_options(self) -> ClientConfig:
         """The HTTP client's options; proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Raises `FinalError`."""
         options: ClientConfig = {
             "allow_http": True,
