@@ -170,7 +170,13 @@ class Service:
 
     def prefect(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
         """A call of the Prefect server's own API, as its UI makes it."""
-        answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+        deadline = time.monotonic() + 30
+        while True:
+            answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+            # So it says, before it has done anything, that its database is locked by another writer for a moment.
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
