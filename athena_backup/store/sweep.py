@@ -4,6 +4,8 @@ What an exception or a cancel leaves is aborted by the writer itself ("stores", 
 after a week; for Google a lifecycle rule does it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +31,11 @@ class S3Access:
     bucket: str
     endpoint: str
     region: str
-    keys: "Keys | None"
+    keys: Keys | None
     path_style: bool = True
     ca_bundle: Path | None = None
 
-    def client(self) -> "S3Client":
+    def client(self) -> S3Client:
         """A client of its own, made from these values alone where keys are given."""
         session = boto3.Session(
             aws_access_key_id=self.keys.access_key if self.keys else None,
