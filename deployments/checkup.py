@@ -21,7 +21,7 @@ from athena_backup.postgres.sessions import Database, identity, session
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
 from athena_backup.store import Store, read_document
-from blocks.stores import open_store
+from blocks.stores import local_directory, open_store
 
 UPCOMING_RUNS = 5
 
@@ -112,7 +112,10 @@ def _volume_findings(settings: Settings) -> Iterator[Finding]:
     for name, directory in settings.athena_volumes.items():
         may_be_empty = name in settings.athena_empty_volumes
         yield _look(f"volume {name}", partial(check_volume, directory, may_be_empty=may_be_empty))
-    yield from (Finding("volumes", good=False, text=overlap) for overlap in overlaps(settings))
+    store_directory = None
+    with contextlib.suppress(AthenaError):  # the look at the store tells of it
+        store_directory = local_directory(settings)
+    yield from (Finding("volumes", good=False, text=overlap) for overlap in overlaps(settings, store_directory))
 
 
 def check_volume(directory: Path, *, may_be_empty: bool) -> str:
@@ -137,20 +140,20 @@ def check_volume(directory: Path, *, may_be_empty: bool) -> str:
     return f"{directory}, readable"
 
 
-def refuse_overlaps(settings: Settings) -> None:
+def refuse_overlaps(settings: Settings, store_directory: str | None) -> None:
     """Raise `FinalError` for volumes that can't be backed up and restored each by itself."""
-    found = overlaps(settings)
+    found = overlaps(settings, store_directory)
     if found:
         raise FinalError("; ".join(found), next_step="correct ATHENA_VOLUMES", step="starting")
 
 
-def overlaps(settings: Settings) -> list[str]:
+def overlaps(settings: Settings, store_directory: str | None) -> list[str]:
     """Volumes that lie in one another, or that hold the local store, our own state or a PostgreSQL server's ("volumes", 5)."""
     places = {f"volume {name}": Path(os.path.realpath(path)) for name, path in settings.athena_volumes.items()}
     forbidden = {"ATHENA_HOME": Path(os.path.realpath(settings.athena_home))}
     forbidden["PREFECT_HOME"] = Path(os.path.realpath(settings.prefect_home))
-    if settings.object_store_location_type == "local":
-        forbidden["the store"] = Path(os.path.realpath(settings.object_store_location_local))
+    if store_directory is not None:
+        forbidden["the store"] = Path(os.path.realpath(store_directory))
     among = [
         f"{name} and {other} lie in one another: each byte has to belong to one component"
         for name, other in itertools.combinations(places, 2)
@@ -196,11 +199,11 @@ def check_store(settings: Settings) -> str:
             raise FinalError("it gives back other bytes than were written")
     finally:
         store.delete([key])
-    return f"{settings.object_store_location_type} {store.location.place}, writable{_room(settings, store)}"
+    return f"{store.location.type} {store.location.place}, writable{_room(store)}"
 
 
-def _room(settings: Settings, store: Store) -> str:
-    if settings.object_store_location_type != "local":
+def _room(store: Store) -> str:
+    if store.location.type != "local":
         return ""
     status = os.statvfs(store.location.place)
     return f", {status.f_bavail * status.f_frsize / (1 << 30):.1f} GiB free"
