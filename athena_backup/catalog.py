@@ -75,12 +75,15 @@ def whole_manifest(store: Store, set_id: SetId) -> Manifest:
 def delete_set(store: Store, set_id: SetId) -> None:
     """Delete a set: the mark first, then the manifest, then the rest, then the mark. Killed half-way, it can be repeated.
 
-    Raises `AbsentError` if there is no such set. The caller makes sure that nobody writes or restores it.
+    Raises `AbsentError` if there is no such set, and `DeniedError` before anything is changed. The caller makes sure that
+    nobody writes or restores it.
     """
     if find_set(store, set_id) is None:
         raise AbsentError(
             f"there is no backup set {set_id}", next_step="GET /backup/list shows the sets that there are"
         )
+    # Where this may not delete, it is refused here already: a mark that nobody could take away would take the set away.
+    store.delete([f"{_mark(set_id)}-probe"])
     store.put(_mark(set_id), b"")
     store.delete([set_id.prefix + MANIFEST])
     store.delete([entry.key for entry in store.entries(set_id.prefix)])
