@@ -275,7 +275,7 @@ def test_a_service_runs_on_a_block_and_not_on_its_variables(
     assert (place / "chosen" / timestamp / "manifest.json").exists()
     assert chosen.call("GET", "/backup/latest").json()["backupurl"] == str(place)
     assert f"{timestamp}  Success" in chosen.command("list").stdout
-    assert f"store: local {place}, writable" in chosen.command("check").stdout
+    assert f"store: local {place}, writable and readable" in chosen.command("check").stdout
     file = Path(json.loads(chosen.environment["ATHENA_VOLUMES"])["edweb"]) / "folder" / "file"
     file.write_text("destroyed")
     assert chosen.restore(timestamp, sourceNamespace="chosen") == "Success"
