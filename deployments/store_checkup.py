@@ -97,7 +97,11 @@ def _room(store: Store) -> str:
 
 
 def _s3_findings(access: S3Access, namespace: str) -> Iterator[Finding]:
-    client = access.client()
+    try:
+        client = access.client()
+    except botocore.exceptions.BotoCoreError as error:
+        yield Finding("store, permissions", "note", f"boto3 can't be used, so they are not looked at: {error}")
+        return
     yield look("store, checksums", partial(check_checksums, client, access.bucket, namespace))
     yield look("store, unfinished uploads", partial(check_uploads, client, access, namespace))
     yield look("store, versions", partial(check_versions, client, access.bucket, namespace))

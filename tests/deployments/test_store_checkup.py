@@ -22,6 +22,7 @@ from athena_backup.settings import Settings
 from athena_backup.store.local import LocalStore
 from athena_backup.store.sweep import abort_uploads, list_uploads
 from blocks.stores import open_store, s3_access
+from deployments.embedded_stores import embedded_azure, embedded_s3
 from deployments.looks import Finding
 from deployments.store_checkup import check_store, store_findings
 
@@ -239,6 +240,17 @@ def test_a_wrong_secret_key_fails_the_check_and_is_not_told(given: Given) -> Non
     assert "hunter2" not in finding.text
 
 
+def test_given_keys_are_used_whatever_aws_is_told_by_the_environment(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = given()
+    for name in ("PROFILE", "SESSION_TOKEN", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "ENDPOINT_URL", "CONFIG_FILE"):
+        monkeypatch.setenv(f"AWS_{name}", "http://127.0.0.1:1/nonsense")
+    found = seen(settings)
+    assert found["store"].mark == "ok"
+    assert found["store, unfinished uploads"].text.startswith("0 there")
+
+
 def test_a_store_that_lets_two_writers_create_one_object_is_refused(
     local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,3 +271,37 @@ def test_a_local_store_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
         ("store, deleting", "ok"),
     ]
     assert [path.name for path in (tmp_path / "backup").rglob("*") if path.is_file()] == [".athena-store"]
+
+
+def test_a_server_that_looks_at_checksums_is_believed(tmp_path: Path) -> None:
+    with embedded_s3(tmp_path / "seaweed") as server:
+        settings = Settings(
+            _env_file=None,
+            object_store_location_type="s3",
+            aws_s3_endpoint=server.endpoint,
+            aws_access_key=server.keys.access_key,
+            aws_secret_key=server.keys.secret_key,
+        )
+        found = seen(settings)
+        assert {finding.mark for finding in found.values()} == {"ok"}
+        assert found["store, checksums"].text == "an upload that does not match its SHA-256 is refused"
+
+
+def test_azure_over_http_is_refused_and_where_it_is_allowed_read_back(tmp_path: Path) -> None:
+    with embedded_azure(tmp_path / "azurite") as server:
+        settings = Settings(
+            _env_file=None,
+            object_store_location_type="azure-blob-storage",
+            azure_storage_account_name=server.account,
+            azure_storage_account_service_url=server.service_url,
+            azure_storage_access_key=server.key,
+        )
+        [finding] = store_findings(settings)
+        assert finding.mark == "FAIL"
+        assert "ATHENA_STORE_ALLOW_HTTP=true" in finding.text
+        found = seen(settings.model_copy(update={"athena_store_allow_http": True}))
+        assert [(subject, finding.mark) for subject, finding in found.items()] == [
+            ("store", "ok"),
+            ("store, deleting", "ok"),
+        ]
+        assert "every part is read back and hashed" in found["store"].text
