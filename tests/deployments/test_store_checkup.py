@@ -15,10 +15,11 @@ import httpx
 import pytest
 from service import ROOT, await_true
 
-from athena_backup.catalog import delete_set
+from athena_backup.catalog import delete_set, list_sets
 from athena_backup.errors import DeniedError
 from athena_backup.names import SetId
 from athena_backup.settings import Settings
+from athena_backup.store.clients import open_s3
 from athena_backup.store.local import LocalStore
 from athena_backup.store.sweep import abort_uploads, list_uploads
 from blocks.stores import open_store, s3_access
@@ -305,3 +306,13 @@ def test_azure_over_http_is_refused_and_where_it_is_allowed_read_back(tmp_path: 
             ("store, deleting", "ok"),
         ]
         assert "every part is read back and hashed" in found["store"].text
+
+
+def test_a_deleted_set_is_listed_no_more_although_the_server_still_shows_its_folder(tmp_path: Path) -> None:
+    with embedded_s3(tmp_path / "seaweed") as server:
+        store = open_s3(server.bucket, server.endpoint, server.region, server.keys)
+        set_id = SetId.parse("2023-02-02t16-00-00", "app")
+        store.put(f"{set_id.prefix}databases/asp/0123456789ab/part", b"x")
+        assert [entry.set_id for entry in list_sets(store, "app")] == [set_id]
+        delete_set(store, set_id)
+        assert list(list_sets(store, "app")) == []
