@@ -39,7 +39,7 @@ from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.settings import Settings
 from athena_backup.store import Store
 from blocks.keys import is_known
-from blocks.stores import open_store
+from blocks.stores import KeptStore
 from flows.requests import RestoreRequest, unknown_names
 from flows.runs import (
     BACKUP,
@@ -108,10 +108,11 @@ class _AnswerError(Exception):
 
 @dataclass(frozen=True)
 class _Service:
-    """What the routes work with: one HTTP client to Prefect for all of them, and the hashes of the keys."""
+    """What the routes work with: one HTTP client to Prefect and one to the store for all of them, and the keys' hashes."""
 
     settings: Settings
     client: SyncPrefectClient
+    kept: KeptStore
     key_hashes: Sequence[str]
 
     @property
@@ -119,7 +120,7 @@ class _Service:
         return self.settings.athena_namespace
 
     def store(self) -> Store:
-        return open_store(self.settings)
+        return self.kept.get()
 
 
 def create_app(settings: Settings, key_hashes: Sequence[str]) -> FastAPI:
@@ -128,7 +129,7 @@ def create_app(settings: Settings, key_hashes: Sequence[str]) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with patient_client() as client:
-            app.state.service = _Service(settings, client, key_hashes)
+            app.state.service = _Service(settings, client, KeptStore(settings), key_hashes)
             burying = asyncio.create_task(_bury_the_dead(app.state.service))
             try:
                 yield

@@ -21,15 +21,30 @@ class Record(TypedDict):
     timestamp: str
 
 
-def backup_url(location: StoreLocation) -> str:
-    """Where a set is, in the words of the contract: of a directory, its name as the configuration writes it."""
-    return location.place
+def backup_url(location: StoreLocation, set_id: SetId) -> str:
+    """Where a set is, in the words of the contract: a page of the cloud's console, or what the configuration says."""
+    folder = f"{set_id.namespace}/{set_id.timestamp}"
+    match location.type:
+        case "s3":
+            return (
+                f"https://s3.console.aws.amazon.com/s3/buckets/{location.place}"
+                f"?region={location.region}&prefix={folder}/&showversions=false"
+            )
+        case "azure-blob-storage":
+            return f"{location.place}{folder}/"
+        case "gcp-cloud-storage":
+            return f"https://console.cloud.google.com/storage/browser/{location.place}/{folder}"
+        case "local":
+            return location.place
 
 
 def record(location: StoreLocation, set_id: SetId, status: str) -> Record:
     """The documented record."""
     return Record(
-        backupurl=backup_url(location), namespace=set_id.namespace, status=status, timestamp=str(set_id.timestamp)
+        backupurl=backup_url(location, set_id),
+        namespace=set_id.namespace,
+        status=status,
+        timestamp=str(set_id.timestamp),
     )
 
 

@@ -46,16 +46,21 @@ def list_sets(store: Store, namespace: str) -> Iterator[CatalogEntry]:
             set_id = SetId(namespace, Timestamp.parse(folder))
         except InvalidNameError:
             continue
-        yield _look(store, set_id, is_deleting=folder in deleting)
+        entry = _look(store, set_id, is_deleting=folder in deleting)
+        if not _is_empty(store, entry):
+            yield entry
 
 
 def find_set(store: Store, set_id: SetId) -> CatalogEntry | None:
     """One set; None where the store has nothing of it."""
     is_deleting = store.head(_mark(set_id)) is not None
     entry = _look(store, set_id, is_deleting=is_deleting)
-    if entry.state is SetState.UNFINISHED and next(store.entries(set_id.prefix), None) is None:
-        return None
-    return entry
+    return None if _is_empty(store, entry) else entry
+
+
+def _is_empty(store: Store, entry: CatalogEntry) -> bool:
+    """Whether nothing of the set is there: some S3 servers show the folder of what was deleted for a while (SeaweedFS, tried)."""
+    return entry.state is SetState.UNFINISHED and next(store.entries(entry.set_id.prefix), None) is None
 
 
 def whole_manifest(store: Store, set_id: SetId) -> Manifest:
@@ -75,12 +80,15 @@ def whole_manifest(store: Store, set_id: SetId) -> Manifest:
 def delete_set(store: Store, set_id: SetId) -> None:
     """Delete a set: the mark first, then the manifest, then the rest, then the mark. Killed half-way, it can be repeated.
 
-    Raises `AbsentError` if there is no such set. The caller makes sure that nobody writes or restores it.
+    Raises `AbsentError` if there is no such set, and `DeniedError` before anything is changed. The caller makes sure that
+    nobody writes or restores it.
     """
     if find_set(store, set_id) is None:
         raise AbsentError(
             f"there is no backup set {set_id}", next_step="GET /backup/list shows the sets that there are"
         )
+    # Where this may not delete, it is refused here already: a mark that nobody could take away would take the set away.
+    store.delete([f"{_mark(set_id)}-probe"])
     store.put(_mark(set_id), b"")
     store.delete([set_id.prefix + MANIFEST])
     store.delete([entry.key for entry in store.entries(set_id.prefix)])

@@ -92,6 +92,19 @@ class Settings(BaseSettings):
     gcp_cloud_storage_bucket_name: str = Field("athena-ondemand-backup", description="Google Cloud Storage bucket.")
     gcp_service_account: SecretStr | None = Field(None, description="The service account's JSON, base64-encoded.")
 
+    athena_store_block: str | None = Field(
+        None, description="A Prefect block that somebody made, used as the store instead of the variables above."
+    )
+    athena_store_allow_http: bool = Field(
+        False, description="Take plain http for Azure and Google; every part is then read back and hashed."
+    )
+    athena_read_back: bool = Field(False, description="Read every part again and hash it before the set is closed.")
+    athena_ca_bundle: Path | None = Field(
+        default_factory=lambda: Path(bundle) if (bundle := os.environ.get("AWS_CA_BUNDLE")) else None,
+        description="Certificates (PEM) of an own authority that the object store's is signed by.",
+    )
+    athena_copy_to: list[str] = Field(default=[], description="Blocks of further stores that get a copy of every set.")
+
     athena_namespace: str = Field("app", description="The service's own namespace.")
     athena_api_host: str = Field("127.0.0.1", description="Address that the API listens on.")
     athena_api_port: int = Field(8080, ge=0, le=65535, description="Port of the API; 0: a free one.")
@@ -165,14 +178,22 @@ class Settings(BaseSettings):
     def _without_slash(cls, value: str | None) -> str | None:
         return value.rstrip("/") if value else value
 
+    @pydantic.field_validator("aws_access_key", "aws_secret_key", "azure_storage_access_key", "gcp_service_account")
+    @classmethod
+    def _empty_is_none(cls, value: SecretStr | None) -> SecretStr | None:
+        # A file may hold "" where the environment would hold nothing: then the platform's identity is asked for.
+        return value if value is not None and value.get_secret_value().strip() else None
+
     @pydantic.field_validator("gcp_service_account")
     @classmethod
     def _service_account(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
             try:
-                json.loads(base64.b64decode(value.get_secret_value(), validate=True))
+                is_object = isinstance(json.loads(_decoded(value)), dict)
             except ValueError:
-                raise ValueError("is not the base64 encoding of a service account's JSON") from None
+                is_object = False
+            if not is_object:
+                raise ValueError("is not the base64 encoding of a service account's JSON")
         return value
 
     @pydantic.model_validator(mode="after")
@@ -182,6 +203,16 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"ATHENA_DATABASES and ATHENA_VOLUMES both have {', '.join(sorted(both))}: a name is one component's"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _keys_are_whole(self) -> "Settings":
+        # With half a pair the platform's own identity would be used, which may be somebody else's.
+        if (self.aws_access_key is None) != (self.aws_secret_key is None):
+            given, missing = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
+            if self.aws_access_key is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} is given without {missing}: give both, or neither to use the pod's own role")
         return self
 
     @property
@@ -198,6 +229,17 @@ class Settings(BaseSettings):
     def database_urls(self) -> dict[str, URL]:
         """The databases by component name; raises `FinalError` for a URL that can't be one."""
         return {name: parse_database_url(name, url.get_secret_value()) for name, url in self.athena_databases.items()}
+
+    @property
+    def azure_account_key(self) -> str | None:
+        """The key that Azure is to be asked with; None: a managed (or workload) identity."""
+        key = self.azure_storage_access_key
+        return None if key is None or self.azure_use_managed_identity else key.get_secret_value()
+
+    @property
+    def gcp_service_account_json(self) -> str | None:
+        """GCP_SERVICE_ACCOUNT, decoded; None: Google's default credentials."""
+        return _decoded(self.gcp_service_account) if self.gcp_service_account is not None else None
 
     @property
     def prefect_home(self) -> Path:
@@ -253,6 +295,11 @@ def shown(settings: Settings) -> dict[str, Any]:
 def masked_url(url: str) -> str:
     """A URL for people to read: what may be a password in it is masked."""
     return _PASSWORD_IN_QUERY.sub(rf"\1{MASK}", _PASSWORD_IN_ADDRESS.sub(rf"\1{MASK}", url))
+
+
+def _decoded(value: SecretStr) -> str:
+    # Encoders wrap their lines, as `base64` does.
+    return base64.b64decode("".join(value.get_secret_value().split()), validate=True).decode()
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

@@ -6,36 +6,23 @@ Each look is on its own, so one fault hides no other; what it prints is for the 
 import contextlib
 import itertools
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from sqlalchemy import text
 
-from athena_backup.errors import AthenaError, FinalError, fault_of
+from athena_backup.errors import AthenaError, FinalError
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.sessions import Database, identity, session
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
-from athena_backup.store import Store, read_document
-from blocks.stores import open_store
+from blocks.stores import local_directory
+from deployments.looks import Finding, look
+from deployments.store_checkup import store_findings
 
 UPCOMING_RUNS = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One look: what was looked at, whether it is well, and what was seen."""
-
-    subject: str
-    good: bool
-    text: str
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.good else 'FAIL'}  {self.subject}: {self.text}"
 
 
 def findings(settings: Settings, now: datetime | None = None) -> Iterator[Finding]:
@@ -44,25 +31,14 @@ def findings(settings: Settings, now: datetime | None = None) -> Iterator[Findin
         databases = [Database(name, url) for name, url in settings.database_urls.items()]
     except AthenaError as error:
         databases = []
-        yield Finding("ATHENA_DATABASES", good=False, text=str(error))
+        yield Finding("ATHENA_DATABASES", "FAIL", str(error))
     if not settings.athena_databases and not settings.athena_volumes:
-        yield Finding(
-            "components", good=False, text="no database and no volume is configured: ATHENA_DATABASES, ATHENA_VOLUMES"
-        )
+        yield Finding("components", "FAIL", "no database and no volume is configured: ATHENA_DATABASES, ATHENA_VOLUMES")
     for database in databases:
-        yield _look(f"database {database.name}", lambda: check_database(database, settings.athena_pg_bin))  # noqa: B023
+        yield look(f"database {database.name}", lambda: check_database(database, settings.athena_pg_bin))  # noqa: B023
     yield from _volume_findings(settings)
-    yield _look("store", lambda: check_store(settings))
+    yield from store_findings(settings)
     yield from _schedule_findings(settings, now or datetime.now(UTC))
-
-
-def _look(subject: str, look: Callable[[], str]) -> Finding:
-    try:
-        return Finding(subject, good=True, text=look())
-    except AthenaError as error:
-        return Finding(subject, good=False, text=str(error))
-    except OSError as error:
-        return Finding(subject, good=False, text=fault_of(error).cause)
 
 
 def check_database(database: Database, client_directories: list[Path]) -> str:
@@ -111,8 +87,11 @@ def check_database(database: Database, client_directories: list[Path]) -> str:
 def _volume_findings(settings: Settings) -> Iterator[Finding]:
     for name, directory in settings.athena_volumes.items():
         may_be_empty = name in settings.athena_empty_volumes
-        yield _look(f"volume {name}", partial(check_volume, directory, may_be_empty=may_be_empty))
-    yield from (Finding("volumes", good=False, text=overlap) for overlap in overlaps(settings))
+        yield look(f"volume {name}", partial(check_volume, directory, may_be_empty=may_be_empty))
+    store_directory = None
+    with contextlib.suppress(AthenaError):  # the look at the store tells of it
+        store_directory = local_directory(settings)
+    yield from (Finding("volumes", "FAIL", overlap) for overlap in overlaps(settings, store_directory))
 
 
 def check_volume(directory: Path, *, may_be_empty: bool) -> str:
@@ -137,20 +116,20 @@ def check_volume(directory: Path, *, may_be_empty: bool) -> str:
     return f"{directory}, readable"
 
 
-def refuse_overlaps(settings: Settings) -> None:
+def refuse_overlaps(settings: Settings, store_directory: str | None) -> None:
     """Raise `FinalError` for volumes that can't be backed up and restored each by itself."""
-    found = overlaps(settings)
+    found = overlaps(settings, store_directory)
     if found:
         raise FinalError("; ".join(found), next_step="correct ATHENA_VOLUMES", step="starting")
 
 
-def overlaps(settings: Settings) -> list[str]:
+def overlaps(settings: Settings, store_directory: str | None) -> list[str]:
     """Volumes that lie in one another, or that hold the local store, our own state or a PostgreSQL server's ("volumes", 5)."""
     places = {f"volume {name}": Path(os.path.realpath(path)) for name, path in settings.athena_volumes.items()}
     forbidden = {"ATHENA_HOME": Path(os.path.realpath(settings.athena_home))}
     forbidden["PREFECT_HOME"] = Path(os.path.realpath(settings.prefect_home))
-    if settings.object_store_location_type == "local":
-        forbidden["the store"] = Path(os.path.realpath(settings.object_store_location_local))
+    if store_directory is not None:
+        forbidden["the store"] = Path(os.path.realpath(store_directory))
     among = [
         f"{name} and {other} lie in one another: each byte has to belong to one component"
         for name, other in itertools.combinations(places, 2)
@@ -183,41 +162,16 @@ def _overlap(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
 
-def check_store(settings: Settings) -> str:
-    """That the store can be written, read and deleted in, and that a second create of one key is refused ("stores", 1)."""
-    store = open_store(settings)
-    key = f"{settings.athena_namespace}/operations/probe-{secrets.token_hex(6)}"
-    try:
-        if not store.put(key, b"probe", if_absent=True):
-            raise FinalError("a probe object that nobody made exists already")
-        if store.put(key, b"other", if_absent=True):
-            raise FinalError("it lets two writers create one object", next_step="use another file system for the store")
-        if read_document(store, key) != b"probe":
-            raise FinalError("it gives back other bytes than were written")
-    finally:
-        store.delete([key])
-    return f"{settings.object_store_location_type} {store.location.place}, writable{_room(settings, store)}"
-
-
-def _room(settings: Settings, store: Store) -> str:
-    if settings.object_store_location_type != "local":
-        return ""
-    status = os.statvfs(store.location.place)
-    return f", {status.f_bavail * status.f_frsize / (1 << 30):.1f} GiB free"
-
-
 def _schedule_findings(settings: Settings, now: datetime) -> Iterator[Finding]:
     schedule = settings.schedule
     if not settings.enable_regular_backups:
-        yield Finding(
-            "schedule", good=True, text=f"off (ENABLE_REGULAR_BACKUPS=false); it would be: {in_words(schedule)}"
-        )
+        yield Finding("schedule", "ok", f"off (ENABLE_REGULAR_BACKUPS=false); it would be: {in_words(schedule)}")
     else:
-        yield Finding("schedule", good=True, text=in_words(schedule))
+        yield Finding("schedule", "ok", in_words(schedule))
     for instant in upcoming(schedule, now, UPCOMING_RUNS):
-        yield Finding("next run", good=True, text=f"{instant:%a %Y-%m-%d %H:%M:%S} UTC")
+        yield Finding("next run", "ok", f"{instant:%a %Y-%m-%d %H:%M:%S} UTC")
     yield Finding(
         "retention",
-        good=True,
-        text="this version deletes no set by itself: BACKUP_RETENTION_COUNT and BACKUP_RETENTION_PERIOD are read, not applied",
+        "ok",
+        "this version deletes no set by itself: BACKUP_RETENTION_COUNT and BACKUP_RETENTION_PERIOD are read, not applied",
     )

@@ -4,6 +4,7 @@ Prefect is imported only by the commands that need it, and only after its addres
 is imported.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -73,6 +74,9 @@ def check(
     from deployments.checkup import findings
 
     settings = load_settings()
+    if settings.athena_store_block is not None:
+        with contextlib.suppress(FinalError):  # the look at the store tells of it
+            _with_prefect()
     if show_settings:
         for name, value in shown(settings).items():
             typer.echo(f"{name}={json.dumps(value) if isinstance(value, dict | list) else value}")
@@ -92,13 +96,14 @@ def init() -> int:
     from pathlib import Path
 
     from athena_backup.store.local import initialize, remember
+    from blocks.stores import local_directory
 
-    settings = load_settings()
-    if settings.object_store_location_type != "local":
+    settings = _with_store()
+    place = local_directory(settings)
+    if place is None:
         raise FinalError(
             "only a local store is made by init", next_step="create the bucket or container with its own tools"
         )
-    place = settings.object_store_location_local
     identifier = initialize(Path(place))
     remember(place, identifier, settings.athena_home / "stores.json")
     typer.echo(f"{place} is the store {identifier}")
@@ -177,7 +182,7 @@ def list_() -> int:
     """List the backup sets of the own namespace, oldest first."""
     from blocks.stores import open_store
 
-    settings = load_settings()
+    settings = _with_store()
     for entry in list_sets(open_store(settings), settings.athena_namespace):
         typer.echo(f"{entry.set_id.timestamp}  {entry.status}")
     return 0
@@ -200,6 +205,12 @@ def _await(settings: Settings, set_id: SetId, kind: str) -> int:
                 typer.echo(run.message or str(run.outcome))
                 return 0 if run.outcome == "success" else 1
             time.sleep(1)
+
+
+def _with_store() -> Settings:
+    """The settings; with Prefect's address only where the store is a block, so that else its server may be down."""
+    settings = load_settings()
+    return settings if settings.athena_store_block is None else _with_prefect()
 
 
 def _with_prefect() -> Settings:

@@ -14,7 +14,9 @@ from athena_backup.catalog import SetState, list_sets
 from athena_backup.errors import AthenaError
 from athena_backup.settings import Settings
 from blocks.keys import ApiKeys, load_hashes, make_key
+from blocks.store_blocks import register
 from blocks.stores import open_store
+from deployments.checkup import refuse_overlaps
 from flows.recovery import half_switched_volumes
 from flows.requests import BackupRequest
 from flows.runs import (
@@ -36,11 +38,15 @@ logger = logging.getLogger("athena_backup.preparation")
 
 
 def prepare(settings: Settings) -> str | None:
-    """Make the slot's limit and the API key, open the store, drop missed runs; returns the key if it is new.
+    """Make the slot's limit, the store's block and the API key, open the store, drop missed runs; returns the key if it is new.
 
     Raises the store's errors: a service that can't reach its store must not say that it runs.
     """
+    # First: a store block that is missing can then be made in Prefect's UI.
+    register(settings)
     store = open_store(settings)
+    if settings.athena_store_block is not None and store.location.type == "local":
+        refuse_overlaps(settings, store.location.place)
     namespace = settings.athena_namespace
     with get_client(sync_client=True) as client:
         ensure_limit(client, namespace)

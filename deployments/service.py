@@ -22,6 +22,7 @@ import httpx
 
 from athena_backup.errors import FinalError
 from athena_backup.settings import Settings, masked_url
+from blocks.stores import local_directory
 from deployments.checkup import refuse_overlaps
 from deployments.tree import ProcessTree
 
@@ -65,7 +66,8 @@ def running_service(
     Raises `FinalError` if another one runs on the same ATHENA_HOME, volumes lie in one another, a port is taken, a part
     won't start, or ``is_stopped`` came true before all had started.
     """
-    refuse_overlaps(settings)
+    # Of a store that is a block, only Prefect knows the place: `prepare` looks again.
+    refuse_overlaps(settings, None if settings.athena_store_block else local_directory(settings))
     with _only_one(settings), ProcessTree(is_stopped=is_stopped) as tree:
         own_server = settings.prefect_api_url is None
         prefect_port = _port("127.0.0.1", settings.athena_prefect_port, "ATHENA_PREFECT_PORT") if own_server else 0

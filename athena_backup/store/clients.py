@@ -6,6 +6,7 @@ here. Given keys are used as they are; without keys the platform's own identity 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -103,6 +104,7 @@ def open_s3(
 ) -> ObjectStore:
     """The store in an S3 bucket; without ``keys`` by the usual AWS chain (web identity, instance role, ...)."""
     way = way or Way()
+    _check_address("S3", endpoint, bucket)
     proof = way.proof(endpoint, digest=True)
     identity = aws_identity() if keys is None else _given(keys)
     # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint).
@@ -136,6 +138,8 @@ def open_azure(
 ) -> ObjectStore:
     """The store in an Azure container; without ``key`` by managed identity (or workload identity, environment, ...)."""
     way = way or Way()
+    _check_address("Azure", service_url, container)
+    _check_account_key(key)
     proof = way.proof(service_url, digest=False)
     identity = None if key is not None else azure_identity()
 
@@ -159,7 +163,9 @@ def open_azure(
 def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None = None) -> ObjectStore:
     """The store in a Google bucket; ``service_account`` is its JSON, without it Google's default credentials are used."""
     way = way or Way()
-    proof = way.proof(_google_url(service_account), digest=False)
+    address = _google_url(service_account)
+    _check_address("Google", address, bucket)
+    proof = way.proof(address, digest=False)
     identity = None if service_account is not None else google_identity()
 
     def connect() -> GCSStore:
@@ -206,7 +212,35 @@ def _with_bucket(endpoint: str, bucket: str) -> str:
     return f"{parts.scheme}://{bucket}.{parts.netloc}{parts.path.rstrip('/')}"
 
 
+def _check_address(service: str, url: str, bucket: str) -> None:
+    """Refuse what is no address, and one with a secret in it: clients tell the whole address in their errors."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or parts.query:
+        raise FinalError(
+            f"the {service} address of {bucket} holds a user, password or signature",
+            next_step="give the address alone, and the key in its own setting or field",
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise FinalError(f"{url!r} is no address of a {service} server", next_step="it begins with https://")
+    if not bucket or "/" in bucket:
+        raise FinalError(f"{bucket!r} is no name of a bucket or container", next_step="give its name alone")
+
+
+def _check_account_key(key: str | None) -> None:
+    try:
+        base64.b64decode(key or "", validate=True)
+    except ValueError:
+        raise FinalError(
+            "the Azure storage account's key is not base64", next_step="copy it anew from the account's access keys"
+        ) from None
+
+
 def _google_url(service_account: str | None) -> str:
     """Where a service account's JSON says that its Google is; emulators are addressed so (obstore manual)."""
-    document = json.loads(service_account) if service_account is not None else {}
+    try:
+        document = json.loads(service_account) if service_account is not None else {}
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise FinalError("the Google service account is no JSON object", next_step="give the whole file of its key")
     return str(document.get("gcs_base_url") or "https://storage.googleapis.com")

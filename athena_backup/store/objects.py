@@ -318,7 +318,7 @@ class ObjectStore:
             return AbsentError(what)
         if isinstance(error, AlreadyExistsError):
             return FinalError(what)
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) or _MISCONFIGURED.search(text):
             return FinalError(what, next_step="check the store's settings")
         return UnavailableError(what, next_step="check the store's address and the way to it, then try again")
 
@@ -327,9 +327,10 @@ class _ChangedError(FinalError):
     """The object is not the one that was looked at."""
 
 
-_DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken")
+_DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken|code: AccessDenied")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
 _SKEWED = re.compile(r"RequestTimeTooSkewed")
+_MISCONFIGURED = re.compile(r"Invalid Access Key|Unable to decode service account")
 _TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
 
 

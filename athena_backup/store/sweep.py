@@ -6,6 +6,7 @@ after a week; for Google a lifecycle rule does it.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,23 +37,27 @@ class S3Access:
     ca_bundle: Path | None = None
 
     def client(self) -> S3Client:
-        """A client of its own, made from these values alone where keys are given."""
-        session = boto3.Session(
-            aws_access_key_id=self.keys.access_key if self.keys else None,
-            aws_secret_access_key=self.keys.secret_key if self.keys else None,
-            region_name=self.region,
-        )
-        return session.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            verify=str(self.ca_bundle) if self.ca_bundle else None,
-            config=Config(
-                s3={"addressing_style": "path" if self.path_style else "virtual"},
-                retries={"max_attempts": 5, "mode": "standard"},
-                connect_timeout=10,
-                read_timeout=60,
-            ),
-        )
+        """A client of its own, made from these values alone where keys are given. Raises boto's errors."""
+        from athena_backup.store.clients import bare_environment
+
+        # An AWS_PROFILE that does not exist would be an error even beside keys (tried).
+        with bare_environment() if self.keys else contextlib.nullcontext():
+            session = boto3.Session(
+                aws_access_key_id=self.keys.access_key if self.keys else None,
+                aws_secret_access_key=self.keys.secret_key if self.keys else None,
+                region_name=self.region,
+            )
+            return session.client(
+                "s3",
+                endpoint_url=self.endpoint,
+                verify=str(self.ca_bundle) if self.ca_bundle else None,
+                config=Config(
+                    s3={"addressing_style": "path" if self.path_style else "virtual"},
+                    retries={"max_attempts": 5, "mode": "standard"},
+                    connect_timeout=10,
+                    read_timeout=60,
+                ),
+            )
 
 
 def list_uploads(access: S3Access, prefix: str) -> list[tuple[str, str]]:

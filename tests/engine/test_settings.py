@@ -75,7 +75,7 @@ def test_the_platforms_json_is_read_nested_and_dotted(tmp_path: Path, monkeypatc
                     "locationType": "local",
                     "localLocation": "/mnt/b",
                     "aws.s3.bucketName": "b",
-                    "aws": {"secretKey": "s3cret"},
+                    "aws": {"accessKey": "key", "secretKey": "s3cret"},
                 },
             }
         )
@@ -103,6 +103,10 @@ def test_the_platforms_json_is_read_nested_and_dotted(tmp_path: Path, monkeypatc
         ("ATHENA_DATABASES", '{"postgres": "postgresql://x/y"}', "reserved"),
         ("ATHENA_API_PORT", "99999", "ATHENA_API_PORT"),
         ("GCP_SERVICE_ACCOUNT", "hunter2", "GCP_SERVICE_ACCOUNT"),
+        ("GCP_SERVICE_ACCOUNT", "WyJodW50ZXIyIl0=", "GCP_SERVICE_ACCOUNT"),
+        ("AWS_ACCESS_KEY", "hunter2", "AWS_ACCESS_KEY is given without AWS_SECRET_KEY"),
+        ("AWS_SECRET_KEY", "hunter2", "AWS_SECRET_KEY is given without AWS_ACCESS_KEY"),
+        ("ATHENA_COPY_TO", "athena-s3-store/second", "ATHENA_COPY_TO"),
         ("ATHENA_CONFIG", "/nowhere/x.toml", "/nowhere/x.toml"),
         ("ATHENA_VOLUMES", '{"edweb": "data/edweb"}', "edweb: 'data/edweb'"),
         ("ATHENA_VOLUMES", '{"edweb": ""}', "absolute"),
@@ -155,10 +159,49 @@ def test_a_password_in_an_address_is_masked(name: str, value: str, monkeypatch: 
     assert "://u:***" in text
 
 
+@pytest.mark.parametrize("kind", ["local", "s3", "azure-blob-storage", "gcp-cloud-storage"])
+def test_every_kind_of_store_can_be_chosen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OBJECT_STORE_LOCATION_TYPE", kind)
+    assert load_settings().object_store_location_type == kind
+
+
+def test_keys_that_a_file_leaves_empty_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {"aws.accessKey": "", "aws.secretKey": "", "azure.accessKey": " ", "gcp.serviceAccount": ""}
+    (tmp_path / "a.json").write_text(json.dumps({"objectStoreConfig": members}))
+    monkeypatch.setenv("ATHENA_CONFIG", str(tmp_path / "a.json"))
+    settings = load_settings()
+    assert settings.aws_access_key is settings.aws_secret_key is settings.gcp_service_account is None
+    assert settings.azure_account_key is None
+
+
+def test_a_managed_identity_goes_over_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCESS_KEY", "a2V5")
+    assert load_settings().azure_account_key == "a2V5"
+    monkeypatch.setenv("AZURE_USE_MANAGED_IDENTITY", "true")
+    assert load_settings().azure_account_key is None
+
+
+def test_a_service_account_is_decoded_as_encoders_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().gcp_service_account_json is None
+    document = json.dumps({"type": "service_account", "private_key": "x" * 100})
+    monkeypatch.setenv("GCP_SERVICE_ACCOUNT", base64.encodebytes(document.encode()).decode())
+    assert load_settings().gcp_service_account_json == document
+
+
+def test_the_ca_bundle_is_that_of_aws_unless_there_is_an_own_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    assert load_settings().athena_ca_bundle is None
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/etc/of-aws.pem")
+    assert load_settings().athena_ca_bundle == Path("/etc/of-aws.pem")
+    monkeypatch.setenv("ATHENA_CA_BUNDLE", "/etc/own.pem")
+    assert load_settings().athena_ca_bundle == Path("/etc/own.pem")
+
+
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     account = base64.b64encode(b'{"private_key": "hunter2"}').decode()
     for name, value in (
         ("ATHENA_DATABASES", DATABASES),
+        ("AWS_ACCESS_KEY", "hunter2"),
         ("AWS_SECRET_KEY", "hunter2"),
         ("AZURE_STORAGE_ACCESS_KEY", "hunter2"),
         ("ATHENA_API_KEYS", '["hunter2"]'),
