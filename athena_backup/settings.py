@@ -92,6 +92,11 @@ class Settings(BaseSettings):
     gcp_cloud_storage_bucket_name: str = Field("athena-ondemand-backup", description="Google Cloud Storage bucket.")
     gcp_service_account: SecretStr | None = Field(None, description="The service account's JSON, base64-encoded.")
 
+    athena_store_allow_http: bool = Field(
+        False, description="Take plain http for Azure and Google; every part is then read back and hashed."
+    )
+    athena_copy_to: list[str] = Field(default=[], description="Blocks of further stores that get a copy of every set.")
+
     athena_namespace: str = Field("app", description="The service's own namespace.")
     athena_api_host: str = Field("127.0.0.1", description="Address that the API listens on.")
     athena_api_port: int = Field(8080, ge=0, le=65535, description="Port of the API; 0: a free one.")
