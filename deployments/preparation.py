@@ -15,10 +15,12 @@ from athena_backup.errors import AthenaError
 from athena_backup.settings import Settings
 from blocks.keys import ApiKeys, load_hashes, make_key
 from blocks.stores import open_store
+from flows.copies import bury_dead_copies
 from flows.recovery import half_switched_volumes
 from flows.requests import BackupRequest
 from flows.runs import (
     BACKUP,
+    COPY,
     RECOVER,
     RESTORE,
     OperationRunningError,
@@ -45,6 +47,7 @@ def prepare(settings: Settings) -> str | None:
     with get_client(sync_client=True) as client:
         ensure_limit(client, namespace)
         reconcile(client, store, namespace)
+        bury_dead_copies(client, namespace)
         skip_missed(client, namespace)
     ApiKeys.register_type_and_schema()
     if settings.athena_api_keys or load_hashes(namespace):
@@ -56,7 +59,7 @@ def is_served(settings: Settings, mark: str) -> bool:
     """Whether the runner with this start mark has registered all deployments."""
     with get_client(sync_client=True) as client:
         return all(
-            _version(client, f"{flow}/{settings.athena_namespace}") == mark for flow in (BACKUP, RESTORE, RECOVER)
+            _version(client, f"{flow}/{settings.athena_namespace}") == mark for flow in (BACKUP, RESTORE, RECOVER, COPY)
         )
 
 
