@@ -16,7 +16,7 @@ from prefect.states import Cancelled, Completed, Failed
 from athena_backup.copying import Copied, copy_set
 from athena_backup.errors import AthenaError, fault_of
 from athena_backup.settings import load_settings
-from blocks.stores import open_named_store
+from blocks.stores import open_named_store, open_store
 from flows.copies import start_copy
 from flows.operating import (
     RETRYING,
@@ -31,6 +31,10 @@ from flows.operating import (
 from flows.progress import in_units
 from flows.requests import CopyRequest
 from flows.runs import COPY
+
+STREAMS = 4
+"""A copy reads and writes one part at a time, but through two stores, of which each divides a budget of its own among its
+streams: opened as for so many, both together took 211 MB for parts of any size, 319 MB as for two, and no less time."""
 
 
 @flow(name=COPY, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
@@ -62,8 +66,9 @@ def copy_objects(to: str) -> Copied:
     copied: list[Copied] = []
 
     def work(working: Working) -> None:
-        target = open_named_store(to, working.settings)
-        copied.append(copy_set(working.store, target, working.set_id, working.operation))
+        shared = working.settings.model_copy(update={"athena_jobs": STREAMS})
+        source, target = open_store(shared), open_named_store(to, shared)
+        copied.append(copy_set(source, target, working.set_id, working.operation))
 
     component_work(to, "copying", work)
     return copied[0]

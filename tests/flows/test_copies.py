@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from service import ROOT, Service, await_true
 
-from athena_backup.catalog import SetState, find_set, whole_manifest
+from athena_backup.catalog import SetState, find_set, list_sets, whole_manifest
 from athena_backup.names import SetId
 from athena_backup.store.local import MARKER, LocalStore, initialize
 
@@ -145,3 +145,14 @@ def test_a_copy_that_was_killed_is_told_and_the_next_one_completes_it(service: S
         completed = service.command("copy", timestamp, "--to", "second")
         assert completed.returncode == 0, completed
     assert whole_manifest(second, set_of(timestamp))
+
+
+def test_a_service_on_the_second_store_restores_from_it(service: Service, second: LocalStore) -> None:
+    timestamp = next(one.set_id.timestamp for one in list_sets(second, "app") if one.state is SetState.SUCCESS)
+    file = Path(json.loads(service.environment["ATHENA_VOLUMES"])["gitserver"]) / "folder" / "file"
+    file.write_text("lost")
+    service.stop()
+    service.environment["OBJECT_STORE_LOCATION_LOCAL"] = second.location.place
+    service.start()
+    assert service.restore(str(timestamp)) == "Success"
+    assert file.read_text() == "content of gitserver"
