@@ -26,9 +26,9 @@ $(AZURITE): deployments/azurite/package-lock.json $(STAMP)
 	$(NODE) ci --prefix deployments/azurite --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $(AZURITE)
 
-# KEEP=1 leaves everything running until Ctrl-C. SIZE scales the data (1: some hundred MB).
-demo: install
-	@$(BIN)/python -m deployments.demo $(if $(KEEP),--keep) $(if $(SIZE),--size $(SIZE))
+# KEEP=1 leaves everything running until Ctrl-C. SIZE scales the data (1: some hundred MB). STORE: local, s3 or azure.
+demo: install $(if $(filter azure,$(STORE)),azurite)
+	@$(BIN)/python -m deployments.demo $(if $(STORE),--store $(STORE)) $(if $(KEEP),--keep) $(if $(SIZE),--size $(SIZE))
 
 run: install
 	@$(BIN)/athena-backup up

@@ -40,6 +40,7 @@ from athena_backup.settings import Settings
 from athena_backup.store import Store
 from blocks.keys import is_known
 from blocks.stores import KeptStore
+from flows.copies import bury_dead_copies, is_being_copied
 from flows.requests import RestoreRequest, unknown_names
 from flows.runs import (
     BACKUP,
@@ -158,6 +159,7 @@ async def _bury_the_dead(service: _Service) -> None:
     while True:
         try:
             await asyncio.to_thread(lambda: reconcile(service.client, service.store(), service.namespace))
+            await asyncio.to_thread(lambda: bury_dead_copies(service.client, service.namespace))
         except (AthenaError, httpx.HTTPError, PrefectHTTPStatusError) as error:
             logger.warning("could not look for dead operations: %s", error)
         await asyncio.sleep(RECONCILE_SECONDS)
@@ -280,6 +282,8 @@ def _delete_set(service: _Service, set_id: SetId) -> Deleted:
         raise _AnswerError(409, f"backup set {set_id} can't be deleted now: a backup is writing it")
     if is_being_restored(service.client, set_id):
         raise _AnswerError(409, f"backup set {set_id} can't be deleted now: a restore reads it")
+    if is_being_copied(service.client, set_id):
+        raise _AnswerError(409, f"backup set {set_id} can't be deleted now: it is being copied")
     try:
         delete_set(service.store(), set_id)
     except AbsentError:

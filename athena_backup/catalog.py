@@ -4,16 +4,32 @@ Which state a set is in follows from three things only, by the table of `_state`
 about it. Nothing here starts or stops an operation.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
-from athena_backup.errors import AbsentError, FinalError
-from athena_backup.manifest import FAILURE, MANIFEST, Failure, Manifest, read_failure, read_manifest
+from athena_backup.errors import AbsentError, DeniedError, FinalError
+from athena_backup.manifest import (
+    FAILURE,
+    MANIFEST,
+    Failure,
+    Manifest,
+    ManifestHead,
+    read_failure,
+    read_manifest,
+    read_manifest_head,
+)
 from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.store import Store, read_document
 
+GLANCE_BYTES = 64 << 10
+"""What a list reads of a manifest at most, in one request; `find_set` reads all of it."""
 _DELETING = "deleting"
+_PARALLEL = 16
+"""Looks at once: about as many as hide the time that each waits for the store."""
 
 
 class SetState(Enum):
@@ -35,32 +51,51 @@ class CatalogEntry:
     status: str
     """``Success``, or in words what is wrong with it."""
     manifest: Manifest | None = None
+    """Of a successful set; in a list only if it fits into `GLANCE_BYTES`."""
     failure: Failure | None = None
 
 
 def list_sets(store: Store, namespace: str) -> Iterator[CatalogEntry]:
-    """All sets of a namespace, oldest first; other people's folders are passed over."""
+    """All sets of a namespace, oldest first; other people's folders are passed over.
+
+    Asks for one listing of the namespace's folders, one of its marks, and one short read per set (of a set without a
+    manifest two), `_PARALLEL` of them at once. Of a manifest beyond `GLANCE_BYTES` only the head is read and checked.
+    """
     deleting = set(_deleting_marks(store, namespace))
+
+    def look(set_id: SetId) -> CatalogEntry | None:
+        return _look(store, set_id, _glance, is_deleting=str(set_id.timestamp) in deleting)
+
+    with contextlib.closing(_side_by_side(look, _set_ids(store, namespace))) as entries:
+        yield from (entry for entry in entries if entry is not None)
+
+
+def _set_ids(store: Store, namespace: str) -> Iterator[SetId]:
     for folder in store.folders(f"{namespace}/"):
-        try:
-            set_id = SetId(namespace, Timestamp.parse(folder))
-        except InvalidNameError:
-            continue
-        entry = _look(store, set_id, is_deleting=folder in deleting)
-        if not _is_empty(store, entry):
-            yield entry
+        with contextlib.suppress(InvalidNameError):
+            yield SetId(namespace, Timestamp.parse(folder))
+
+
+def _side_by_side(
+    look: Callable[[SetId], CatalogEntry | None], set_ids: Iterable[SetId]
+) -> Generator[CatalogEntry | None, None, None]:
+    """The looks at all sets in their order, some of them taken ahead of their turn."""
+    pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="catalog")
+    ahead: deque[Future[CatalogEntry | None]] = deque()
+    try:
+        for set_id in set_ids:
+            ahead.append(pool.submit(look, set_id))
+            if len(ahead) > 4 * _PARALLEL:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find_set(store: Store, set_id: SetId) -> CatalogEntry | None:
     """One set; None where the store has nothing of it."""
-    is_deleting = store.head(_mark(set_id)) is not None
-    entry = _look(store, set_id, is_deleting=is_deleting)
-    return None if _is_empty(store, entry) else entry
-
-
-def _is_empty(store: Store, entry: CatalogEntry) -> bool:
-    """Whether nothing of the set is there: some S3 servers show the folder of what was deleted for a while (SeaweedFS, tried)."""
-    return entry.state is SetState.UNFINISHED and next(store.entries(entry.set_id.prefix), None) is None
+    return _look(store, set_id, _whole, is_deleting=store.head(_mark(set_id)) is not None)
 
 
 def whole_manifest(store: Store, set_id: SetId) -> Manifest:
@@ -96,25 +131,51 @@ def delete_set(store: Store, set_id: SetId) -> None:
     store.delete([_mark(set_id)])
 
 
-def _look(store: Store, set_id: SetId, *, is_deleting: bool) -> CatalogEntry:
+def _look(
+    store: Store, set_id: SetId, read: Callable[[Store, str], ManifestHead | None], *, is_deleting: bool
+) -> CatalogEntry | None:
     try:
-        manifest = _document(store, set_id.prefix + MANIFEST)
+        manifest = read(store, set_id.prefix + MANIFEST)
         failure = None if manifest is not None else _document(store, set_id.prefix + FAILURE)
-        whole = None if manifest is None else read_manifest(manifest, set_id.prefix + MANIFEST)
         failed = None if failure is None else read_failure(failure, set_id.prefix + FAILURE)
-        if whole is not None and whole.set_id != set_id:
-            return CatalogEntry(set_id, SetState.FAILED, f"its manifest belongs to another set, {whole.set_id}")
+        if manifest is not None and manifest.set_id != set_id:
+            return CatalogEntry(set_id, SetState.FAILED, f"its manifest belongs to another set, {manifest.set_id}")
+    except DeniedError:
+        raise  # that says something about our credentials, nothing about the set
     except FinalError as error:
         return CatalogEntry(set_id, SetState.FAILED, str(error))
-    return _state(set_id, whole, failed, is_deleting=is_deleting)
+    entry = _state(set_id, manifest, failed, is_deleting=is_deleting)
+    # A server that is a file system beneath shows a folder on after its last object was deleted (SeaweedFS).
+    if entry.state is SetState.UNFINISHED and next(store.entries(set_id.prefix), None) is None:
+        return None
+    return entry
 
 
-def _state(set_id: SetId, manifest: Manifest | None, failure: Failure | None, *, is_deleting: bool) -> CatalogEntry:
+def _whole(store: Store, key: str) -> Manifest | None:
+    """The manifest, read and checked to its end; None where there is none."""
+    document = _document(store, key)
+    return None if document is None else read_manifest(document, key)
+
+
+def _glance(store: Store, key: str) -> ManifestHead | None:
+    """A look at a manifest by one short read: the whole of a small one, else its head; None where there is none."""
+    try:
+        beginning = b"".join(store.read(key, 0, GLANCE_BYTES))
+    except AbsentError:
+        return None
+    if len(beginning) < GLANCE_BYTES:
+        return read_manifest(beginning, key)
+    # Somebody else's program may order the members otherwise.
+    return read_manifest_head(beginning, key) or read_manifest(read_document(store, key), key)
+
+
+def _state(set_id: SetId, manifest: ManifestHead | None, failure: Failure | None, *, is_deleting: bool) -> CatalogEntry:
     """The whole table: a deleting mark outranks a manifest, a manifest outranks a failure, a failure outranks nothing."""
     if is_deleting:
         return CatalogEntry(set_id, SetState.DELETING, "being deleted", failure=failure)
     if manifest is not None and manifest.state == "complete":
-        return CatalogEntry(set_id, SetState.SUCCESS, "Success", manifest=manifest)
+        whole = manifest if isinstance(manifest, Manifest) else None
+        return CatalogEntry(set_id, SetState.SUCCESS, "Success", manifest=whole)
     if manifest is not None:
         return CatalogEntry(set_id, SetState.FAILED, "abandoned: its writer died before it was whole")
     if failure is not None:

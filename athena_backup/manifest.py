@@ -8,6 +8,7 @@ import json
 from typing import Annotated, Literal, TypeVar
 
 import pydantic
+import pydantic_core
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from athena_backup.errors import DamagedError, Fault, FinalError
@@ -228,10 +229,15 @@ class _SetDocument(_Document):
         return SetId(self.namespace, Timestamp.parse(self.timestamp))
 
 
-class Manifest(_SetDocument):
-    """A set's table of contents, written last: a set exists when its manifest does."""
+class ManifestHead(_SetDocument):
+    """What a list needs of a manifest. These members stand first in it: of a large one no more than its beginning is read."""
 
     state: Literal["complete", "abandoned"] = "complete"
+
+
+class Manifest(ManifestHead):
+    """A set's table of contents, written last: a set exists when its manifest does."""
+
     proved_by: str = Field(description="How the parts are known to be in the store, such as 'fsync+size' or 'digest'.")
     only_databases: bool = Field(default=False, description="Whether volumes were left out by request.")
     servers: tuple[Server, ...]
@@ -283,6 +289,21 @@ def to_json(document: BaseModel) -> bytes:
 def read_manifest(data: bytes, key: str) -> Manifest:
     """Parse manifest.json; raises `DamagedError`, and `FinalError` for a newer major schema version."""
     return _read(Manifest, data, key)
+
+
+def read_manifest_head(beginning: bytes, key: str) -> ManifestHead | None:
+    """The head from the first bytes of a manifest.json; None where they don't hold all of it. Raises like `read_manifest`.
+
+    What comes after them is not looked at: a manifest is put in one piece, so it is whole or not there.
+    """
+    try:
+        # Cut at a line's end, so that no character is cut in two.
+        found = pydantic_core.from_json(beginning[: beginning.rfind(b"\n") + 1], allow_partial=True)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or not ManifestHead.model_fields.keys() <= found.keys():
+        return None
+    return _read(ManifestHead, json.dumps({name: found[name] for name in ManifestHead.model_fields}).encode(), key)
 
 
 def read_failure(data: bytes, key: str) -> Failure:

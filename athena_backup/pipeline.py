@@ -130,11 +130,11 @@ def _write_part(
             step="storing",
         )
     if not is_proven:
-        _read_back(store, key, digest.hexdigest(), operation)
+        read_back(store, key, digest.hexdigest(), operation)
     return Part(key=key, size_bytes=size_bytes, raw_size_bytes=raw_size_bytes, sha256=digest.hexdigest())
 
 
-def _read_back(store: Store, key: str, sha256: str, operation: Operation) -> None:
+def read_back(store: Store, key: str, sha256: str, operation: Operation) -> None:
     """Read what was written and hash it; raises `UnavailableError` for other bytes: another try may send them whole."""
     digest = hashlib.sha256()
     for chunk in store.read(key):

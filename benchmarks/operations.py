@@ -12,6 +12,7 @@ from pathlib import Path
 from athena_backup.postgres.embedded import embedded_server
 from deployments.demo import Api, demo_settings
 from deployments.demo_databases import build_databases
+from deployments.demo_stores import demo_store
 from deployments.demo_volumes import build_volumes
 from deployments.service import running_service
 
@@ -21,9 +22,9 @@ BACKUPS = 3
 def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="athena-bench-"))
     try:
-        with embedded_server(root / "postgres") as server:
+        with embedded_server(root / "postgres") as server, demo_store("local", root / "backup") as (_, store):
             build_databases(server.url(), 1.0)
-            settings = demo_settings(root, server.url(), build_volumes(root / "volumes", 1.0))
+            settings = demo_settings(root, server.url(), build_volumes(root / "volumes", 1.0), store)
             with running_service(settings, say=print) as (running, _):
                 api = Api(running)
                 first, latest, whole = [], [], []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated
+from uuid import UUID
 
 import httpx
 import typer
@@ -144,7 +145,9 @@ def backup(
     with get_client(sync_client=True) as client:
         run = start_backup(client, open_store(settings), settings.athena_namespace, request)
     typer.echo(f"backup {run.set_id} started")
-    return _await(settings, run.set_id, "backup") if wait else 0
+    if not wait:
+        return 0
+    return _await(settings, run.set_id, "backup") or _await_all_copies(settings, run.set_id)
 
 
 @app.command()
@@ -174,6 +177,32 @@ def restore(
         run = start_restore(client, settings.athena_namespace, request)
     typer.echo(f"restore {run.set_id} started")
     return _await(settings, run.set_id, "restore") if wait else 0
+
+
+@app.command()
+@_told
+def copy(
+    which: Annotated[str, typer.Argument(metavar="[NAMESPACE/]TIMESTAMP", help="The backup set.")],
+    *,
+    to: Annotated[str, typer.Option(help="The Prefect block of the store that gets the copy.")],
+    wait: Annotated[bool, typer.Option(help="Wait for the end and tell how it went.")] = True,
+) -> int:
+    """Copy a backup set into another store, through the running service; one that was broken off is completed."""
+    settings = _with_prefect()
+    from prefect.client.orchestration import get_client
+
+    from athena_backup.catalog import whole_manifest
+    from blocks.stores import open_store
+    from flows.copies import start_copy
+    from flows.requests import CopyRequest
+
+    set_id = SetId.parse(which, settings.athena_namespace)
+    whole_manifest(open_store(settings), set_id)
+    request = CopyRequest(timestamp=str(set_id.timestamp), source_namespace=set_id.namespace, to=to)
+    with get_client(sync_client=True) as client:
+        run = start_copy(client, settings.athena_namespace, request)
+    typer.echo(f"copy of {set_id} to {to} started")
+    return _await_copies(settings, {to: run.id}) if wait else 0
 
 
 @app.command("list")
@@ -211,6 +240,35 @@ def _with_store() -> Settings:
     """The settings; with Prefect's address only where the store is a block, so that else its server may be down."""
     settings = load_settings()
     return settings if settings.athena_store_block is None else _with_prefect()
+
+
+def _await_all_copies(settings: Settings, set_id: SetId) -> int:
+    """The copies that the backup has started before its end, and those that it was to start."""
+    from prefect.client.orchestration import get_client
+
+    from flows.copies import copies_of
+
+    with get_client(sync_client=True) as client:
+        started = copies_of(client, settings.athena_namespace, set_id)
+    missing = [to for to in settings.athena_copy_to if to not in started]
+    for to in missing:
+        typer.echo(f"not copied to {to}: no copy was started")
+    return _await_copies(settings, {to: run.id for to, run in started.items()}) or (1 if missing else 0)
+
+
+def _await_copies(settings: Settings, runs: dict[str, UUID]) -> int:
+    from prefect.client.orchestration import get_client
+
+    from flows.copies import read_copy
+
+    code = 0
+    with get_client(sync_client=True) as client:
+        for to, run_id in runs.items():
+            while not (run := read_copy(client, settings.athena_namespace, run_id)).ended:
+                time.sleep(1)
+            typer.echo(run.message or f"copy to {to}: {run.outcome}")
+            code = code if run.outcome == "success" else 1
+    return code
 
 
 def _with_prefect() -> Settings:

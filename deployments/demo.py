@@ -1,7 +1,8 @@
 """`make demo`: five databases and five volumes are backed up, lost and restored through the documented calls.
 
-Everything is real and embedded: a PostgreSQL server, the whole service, a store in a directory. Each call is the document's
-curl line, printed as such before it is made. What came back is compared with what was there, entry by entry and row by row.
+Everything is real and embedded: a PostgreSQL server, the whole service, a store in a directory or, with ``--store``, in a
+server of S3 or Azure. Each call is the document's curl line, printed as such before it is made. What came back is compared
+with what was there, entry by entry and row by row.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from sqlalchemy import URL
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.postgres.embedded import binaries, embedded_server
 from athena_backup.settings import Settings, load_settings
+from blocks.stores import open_store
 from deployments.demo_databases import DATABASES, build_databases, destroy_databases, fingerprint_databases
+from deployments.demo_stores import STORE_VARIABLES, STORES, DemoStore, demo_store
 from deployments.demo_volumes import build_volumes, destroy_volumes, fingerprint_volumes
 from deployments.service import Running, announcement, running_service, stop_signals
 
@@ -32,12 +35,13 @@ def main() -> int:
     """Entry point; the exit code is 0 only if everything is as it was."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C")
+    parser.add_argument("--store", choices=STORES, default="local", help="where the backup goes")
     parser.add_argument("--size", type=float, default=1.0, help="how much data: 1 is some hundred MB")
     arguments = parser.parse_args()
     began = time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="athena-demo-"))
     try:
-        return run(root, size=arguments.size, keep=arguments.keep, began=began)
+        return run(root, store=arguments.store, size=arguments.size, keep=arguments.keep, began=began)
     except AthenaError as error:
         _say(f"\nthe demo failed: {error}")
         return 1
@@ -48,14 +52,15 @@ def main() -> int:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def run(root: Path, *, size: float, keep: bool, began: float) -> int:
+def run(root: Path, *, store: DemoStore, size: float, keep: bool, began: float) -> int:
     """The whole demo below ``root``; returns the exit code."""
-    _say("starting an embedded PostgreSQL ...")
-    with embedded_server(root / "postgres") as server:
+    _say("starting an embedded PostgreSQL and a store ...")
+    with embedded_server(root / "postgres") as server, demo_store(store, root / "backup") as (what, variables):
+        _say(f"the store is {what}")
         _say(f"making five databases and five volumes (size {size:g}) ...")
         build_databases(server.url(), size)
         volumes = build_volumes(root / "volumes", size)
-        settings = demo_settings(root, server.url(), volumes)
+        settings = demo_settings(root, server.url(), volumes, variables)
         with running_service(settings, say=_say) as (running, tree):
             for line in announcement(running)[:-1]:
                 _say(line)
@@ -69,7 +74,8 @@ def run(root: Path, *, size: float, keep: bool, began: float) -> int:
             _say(f"  {len(lost)} of {len(before)} facts are now wrong")
             restore(api, timestamp)
             wrong = differences(before, fingerprints(server.url(), volumes))
-            code = report(before, lost, wrong, root, time.monotonic() - began)
+            stored = sum(entry.size_bytes for entry in open_store(settings).entries(""))
+            code = report(before, lost, wrong, stored, time.monotonic() - began)
             if keep and code == 0:
                 # Once more, because the operations have pushed it out of sight.
                 for line in announcement(running):
@@ -80,10 +86,11 @@ def run(root: Path, *, size: float, keep: bool, began: float) -> int:
             return code
 
 
-def demo_settings(root: Path, server: URL, volumes: Mapping[str, Path]) -> Settings:
-    """The settings of the demo's service, in the environment, where its processes find them too."""
-    store = root / "backup"
-    store.mkdir(parents=True, exist_ok=True)
+def demo_settings(root: Path, server: URL, volumes: Mapping[str, Path], store: Mapping[str, str]) -> Settings:
+    """The settings of the demo's service, in the environment, where its processes find them too.
+
+    ``store``: the variables that name the store; whatever else the environment says of one is taken out.
+    """
     databases = {name: server.set(database=name).render_as_string(hide_password=False) for name in DATABASES}
     values = {
         "ATHENA_HOME": str(root / "home"),
@@ -93,10 +100,10 @@ def demo_settings(root: Path, server: URL, volumes: Mapping[str, Path]) -> Setti
         "ATHENA_API_PORT": os.environ.get("ATHENA_API_PORT", "0"),
         "ATHENA_PREFECT_PORT": os.environ.get("ATHENA_PREFECT_PORT", "0"),
         "ENABLE_REGULAR_BACKUPS": "false",
-        "OBJECT_STORE_LOCATION_TYPE": "local",
-        "OBJECT_STORE_LOCATION_LOCAL": str(store),
+        **store,
     }
-    for name in ("ATHENA_CONFIG", "ATHENA_API_KEYS", "PREFECT_API_URL", "PREFECT_HOME", "ATHENA_NAMESPACE"):
+    ours = ("ATHENA_CONFIG", "ATHENA_API_KEYS", "PREFECT_API_URL", "PREFECT_HOME", "ATHENA_NAMESPACE")
+    for name in (*ours, *STORE_VARIABLES):
         os.environ.pop(name, None)
     os.environ.update(values)
     return load_settings(env_file=None)
@@ -185,9 +192,8 @@ def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-def report(before: Mapping[str, str], lost: list[str], wrong: list[str], root: Path, seconds: float) -> int:
-    """Print the result; the exit code."""
-    stored = sum(path.stat().st_size for path in (root / "backup").rglob("*") if path.is_file())
+def report(before: Mapping[str, str], lost: list[str], wrong: list[str], stored: int, seconds: float) -> int:
+    """Print the result; the exit code. ``stored``: how many bytes the store lists."""
     tables = sum(": " in name and "." in name.partition(": ")[2] for name in before if name.split(":")[0] in DATABASES)
     _say(f"\n{len(before)} facts compared: {tables} tables row by row, schemas, properties, every file of every volume")
     _say(

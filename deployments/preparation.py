@@ -17,10 +17,12 @@ from blocks.keys import ApiKeys, load_hashes, make_key
 from blocks.store_blocks import register
 from blocks.stores import open_store
 from deployments.checkup import refuse_overlaps
+from flows.copies import bury_dead_copies
 from flows.recovery import half_switched_volumes
 from flows.requests import BackupRequest
 from flows.runs import (
     BACKUP,
+    COPY,
     RECOVER,
     RESTORE,
     OperationRunningError,
@@ -51,6 +53,7 @@ def prepare(settings: Settings) -> str | None:
     with get_client(sync_client=True) as client:
         ensure_limit(client, namespace)
         reconcile(client, store, namespace)
+        bury_dead_copies(client, namespace)
         skip_missed(client, namespace)
     ApiKeys.register_type_and_schema()
     if settings.athena_api_keys or load_hashes(namespace):
@@ -62,7 +65,7 @@ def is_served(settings: Settings, mark: str) -> bool:
     """Whether the runner with this start mark has registered all deployments."""
     with get_client(sync_client=True) as client:
         return all(
-            _version(client, f"{flow}/{settings.athena_namespace}") == mark for flow in (BACKUP, RESTORE, RECOVER)
+            _version(client, f"{flow}/{settings.athena_namespace}") == mark for flow in (BACKUP, RESTORE, RECOVER, COPY)
         )
 
 

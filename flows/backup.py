@@ -9,11 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import wait
 from prefect.states import Cancelled, Completed, Failed
-from prefect.tasks import exponential_backoff
 
 from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component
 from athena_backup.catalog import find_set
@@ -24,12 +22,13 @@ from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.sessions import Database
 from athena_backup.volume_archive import write_volume
 from flows.components import database_of, databases_of, omissions, volume_of, volumes_of
+from flows.copying import order_copies
 from flows.operating import (
+    RETRYING,
     SlotTakenError,
     Working,
     component_work,
     free_slot,
-    is_passing,
     operating,
     run_log,
     task_threads,
@@ -38,15 +37,6 @@ from flows.progress import in_units
 from flows.recovery import recover_one_volume
 from flows.requests import BackupRequest
 from flows.runs import BACKUP, SKIPPED
-
-RETRYING: dict[str, Any] = {
-    "cache_policy": NO_CACHE,
-    "persist_result": False,
-    "retries": 3,
-    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
-    "retry_jitter_factor": 0.5,
-    "retry_condition_fn": is_passing,
-}
 
 
 @flow(name=BACKUP, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
@@ -79,6 +69,8 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 only_databases=request.only_databases,
                 cancelled=working.was_cancelled(),
             )
+            # While the slot is held, so that nobody deletes the set before its copies are known to be wanted.
+            uncopied = order_copies(working) if isinstance(outcome, Manifest) else []
     except SlotTakenError:
         return Completed(name=SKIPPED, message="skipped: another backup or restore of the namespace is running")
     except Exception as error:  # noqa: BLE001 - here the flow ends, and its last state has to say why
@@ -87,7 +79,7 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
     if isinstance(outcome, Manifest):
         size_bytes = sum(part.size_bytes for component in outcome.components for part in component.parts)
         message = f"{outcome.set_id}: {len(outcome.components)} components, {in_units(size_bytes)} stored"
-        return Completed(message="; ".join([message, *omissions(outcome.components)]))
+        return Completed(message="; ".join([message, *omissions(outcome.components), *uncopied]))
     return Cancelled(message=outcome.status) if outcome.cancelled else Failed(message=outcome.status)
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import httpx
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.context import FlowRunContext
@@ -26,7 +27,7 @@ from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from prefect.tasks import Task
+from prefect.tasks import Task, exponential_backoff
 
 from athena_backup.errors import AthenaError, Fault, FinalError, fault_of
 from athena_backup.names import InvalidNameError, SetId, Timestamp
@@ -36,9 +37,13 @@ from athena_backup.postgres.staging import StagedDatabase
 from athena_backup.settings import Settings, load_settings
 from athena_backup.store import Store
 from blocks.stores import open_store
+from flows.copies import bury_dead_copies
 from flows.progress import ProgressArtifact
-from flows.runs import Kind, reconcile, run_name, run_tags
-from flows.slot import claim, ensure_limit, held, release, renew
+from flows.runs import COPY, Kind, reconcile, run_name, run_tags
+from flows.slot import LEASE_SECONDS, claim, copy_slot, ensure_limit, held, release, renew
+
+COPY_WAIT_SECONDS = LEASE_SECONDS + 30
+"""How long a copy waits for its slot: a predecessor that was killed keeps it until its lease ends."""
 
 logger = logging.getLogger("athena_backup.flows")
 
@@ -97,7 +102,9 @@ WORKING: ContextVar[Working] = ContextVar("working")
 
 @contextlib.contextmanager
 def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
-    """Hold the slot for one operation; ``source`` is the set of a restore, a backup's own timestamp is the run's.
+    """Hold the slot for one operation; ``source`` is the set of a restore or copy, a backup's own timestamp is the run's.
+
+    A copy holds the slot of copies instead (see `flows.copies`).
 
     Raises `SlotTakenError`, `ConfigurationError` and the store's errors before anything was begun.
     """
@@ -107,11 +114,14 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
     set_id = source or SetId(namespace, _timestamp(run))
     operation = Operation.lasting(settings.athena_operation_timeout_seconds)
     with get_client(sync_client=True) as client:
-        lease = _adopt(client, namespace, run)
+        lease = _adopt(client, namespace, run) if kind != COPY else _own_copy_slot(client, namespace)
         try:
             client.update_flow_run(run.id, name=run_name(kind, set_id), tags=_tags(run, namespace, set_id, kind, lease))
             store = open_store(settings)
-            reconcile(client, store, namespace, lease=lease, own=run.id)
+            if kind == COPY:
+                bury_dead_copies(client, namespace, lease=lease, own=run.id)
+            else:
+                reconcile(client, store, namespace, lease=lease, own=run.id)
         except BaseException:
             release(client, lease)
             raise
@@ -152,6 +162,17 @@ def is_passing(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return fault is not None and fault.passing and working is not None and not working.operation.cancelled
 
 
+RETRYING: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_passing,
+}
+"""Of every task that does a component's work."""
+
+
 def task_threads() -> TaskRunner[PrefectFuture[Any]]:
     """Threads for a flow's tasks; how many of them work at once is ATHENA_JOBS, which is read when the flow begins."""
     return cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=16))
@@ -160,9 +181,10 @@ def task_threads() -> TaskRunner[PrefectFuture[Any]]:
 def free_slot(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Hook of the runner for a crashed run: its process is gone, so its lease need not run out by itself."""
     del flow, state
-    for tag in flow_run.tags:
-        if tag.startswith("lease:"):
-            with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
+        # Read anew: the runner knows the tags that the run was created with, and many a run claims its lease itself.
+        for tag in client.read_flow_run(flow_run.id).tags:
+            if tag.startswith("lease:"):
                 release(client, UUID(tag.removeprefix("lease:")))
 
 
@@ -193,6 +215,16 @@ def _adopt(client: SyncPrefectClient, namespace: str, run: FlowRun) -> UUID:
     if own is None:
         raise SlotTakenError
     return own
+
+
+def _own_copy_slot(client: SyncPrefectClient, namespace: str) -> UUID:
+    ensure_limit(client, copy_slot(namespace))
+    deadline = time.monotonic() + COPY_WAIT_SECONDS
+    while (lease := claim(client, copy_slot(namespace))) is None:
+        if time.monotonic() > deadline:
+            raise SlotTakenError
+        time.sleep(1)
+    return lease
 
 
 def _tags(run: FlowRun, namespace: str, set_id: SetId, kind: Kind, lease: UUID) -> list[str]:

@@ -53,6 +53,26 @@ class RestoreRequest(BaseModel):
         return name in self.skip or (is_database and RESERVED_COMPONENT_NAME in self.skip)
 
 
+class CopyRequest(BaseModel):
+    """A copy of one backup set into another store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timestamp: Annotated[str, AfterValidator(_timestamp_text)] = Field(
+        description="Timestamp of the backup set, such as 2023-02-02t16-00-00."
+    )
+    source_namespace: Annotated[str, AfterValidator(parse_namespace)] | None = Field(
+        default=None,
+        title="Source namespace",
+        description="The namespace that the set was taken in; none: this service's own.",
+    )
+    to: str = Field(min_length=1, description="Name of the block of the store that gets the copy.")
+
+    def set_id(self, own_namespace: str) -> SetId:
+        """Which set is to be copied."""
+        return SetId(self.source_namespace or own_namespace, Timestamp.parse(self.timestamp))
+
+
 def unknown_names(named: Iterable[str], known: Collection[str]) -> str | None:
     """What to say of names to be left alone that neither the set nor the destination has; None if there are none.
 

@@ -30,9 +30,17 @@ from athena_backup.volume_exchange import (
     stage_volume,
     switch_volume,
 )
-from flows.backup import RETRYING
 from flows.components import database_of, omissions, volume_of
-from flows.operating import SlotTakenError, Working, component_work, free_slot, operating, run_log, task_threads
+from flows.operating import (
+    RETRYING,
+    SlotTakenError,
+    Working,
+    component_work,
+    free_slot,
+    operating,
+    run_log,
+    task_threads,
+)
 from flows.recovery import half_switched_volumes, recover_after_crash, recover_from_the_dead
 from flows.requests import RestoreRequest, unknown_names
 from flows.runs import RESTORE, SKIPPED

@@ -40,10 +40,11 @@ from athena_backup.store import Store
 from flows.requests import BackupRequest, RestoreRequest
 from flows.slot import claim, ensure_limit, release
 
-Kind = Literal["backup", "restore", "recover"]
+Kind = Literal["backup", "restore", "recover", "copy"]
 BACKUP: Kind = "backup"
 RESTORE: Kind = "restore"
 RECOVER: Kind = "recover"
+COPY: Kind = "copy"
 
 SKIPPED = "Skipped"
 """Name of the state in which a scheduled run ends that found the slot taken."""
@@ -87,6 +88,8 @@ class OperationRun:
     state_at: datetime
     only_databases: bool = False
     skip: tuple[str, ...] = ()
+    to: str = ""
+    """Of a copy: the block of the store that gets it."""
     lease: UUID | None = None
     deleted: bool = False
     """Of a backup: its set was deleted since."""
@@ -97,7 +100,7 @@ def start_backup(client: SyncPrefectClient, store: Store, namespace: str, reques
     lease = _claim(client, namespace)
     try:
         timestamp = _free_timestamp(client, store, namespace)
-        return _create(client, BACKUP, namespace, SetId(namespace, timestamp), lease, request)
+        return create_run(client, BACKUP, namespace, SetId(namespace, timestamp), lease, request)
     except BaseException:
         release(client, lease)
         raise
@@ -107,7 +110,7 @@ def start_restore(client: SyncPrefectClient, namespace: str, request: RestoreReq
     """Claim the own namespace's slot and create a run of its ``restore`` deployment; raises `OperationRunningError`."""
     lease = _claim(client, namespace)
     try:
-        return _create(client, RESTORE, namespace, request.set_id(namespace), lease, request)
+        return create_run(client, RESTORE, namespace, request.set_id(namespace), lease, request)
     except BaseException:
         release(client, lease)
         raise
@@ -123,7 +126,7 @@ def start_recovery(client: SyncPrefectClient, namespace: str) -> OperationRun | 
     except OperationRunningError:
         return None
     try:
-        return _create(client, RECOVER, namespace, SetId(namespace, Timestamp.of(datetime.now(UTC))), lease)
+        return create_run(client, RECOVER, namespace, SetId(namespace, Timestamp.of(datetime.now(UTC))), lease)
     except BaseException:
         release(client, lease)
         raise
@@ -151,9 +154,15 @@ def _free_timestamp(client: SyncPrefectClient, store: Store, namespace: str) -> 
     raise FinalError("no free timestamp was found in ten seconds", next_step="look at the clock of this machine")
 
 
-def _create(
-    client: SyncPrefectClient, kind: Kind, namespace: str, set_id: SetId, lease: UUID, request: BaseModel | None = None
+def create_run(
+    client: SyncPrefectClient,
+    kind: Kind,
+    namespace: str,
+    set_id: SetId,
+    lease: UUID | None,
+    request: BaseModel | None = None,
 ) -> OperationRun:
+    """Create a run of the namespace's deployment of that kind; raises `FinalError` where there is none."""
     try:
         deployment = client.read_deployment_by_name(f"{kind}/{namespace}")
     except ObjectNotFound:
@@ -167,7 +176,7 @@ def _create(
         tags=run_tags(namespace, set_id, kind, lease),
         parameters={"request": request.model_dump(mode="json")} if request is not None else {},
     )
-    return _operation_run(kind, namespace, run)
+    return operation_run(kind, namespace, run)
 
 
 def run_name(kind: Kind, set_id: SetId) -> str:
@@ -178,7 +187,7 @@ def run_name(kind: Kind, set_id: SetId) -> str:
 def run_tags(namespace: str, set_id: SetId, kind: Kind, lease: UUID | None) -> list[str]:
     """By what a run is found again (design.md, section 6)."""
     tags = [f"namespace:{namespace}", f"timestamp:{set_id.timestamp}"]
-    if kind == RESTORE:
+    if kind in (RESTORE, COPY):
         tags.append(f"source:{set_id.namespace}")
     if lease is not None:
         tags.append(f"lease:{lease}")
@@ -197,17 +206,17 @@ def list_runs(
     """The namespace's runs of a kind, newest first; a schedule's future runs and skipped ones don't count."""
     tag = f"namespace:{namespace}"
     if timestamp is None:
-        found = _read_runs(client, kind, [tag], unfinished=unfinished, limit=limit)
+        found = read_runs(client, kind, [tag], unfinished=unfinished, limit=limit)
     else:
-        found = _read_runs(client, kind, [tag, f"timestamp:{timestamp}"], unfinished=unfinished, limit=limit)
+        found = read_runs(client, kind, [tag, f"timestamp:{timestamp}"], unfinished=unfinished, limit=limit)
         # A run that died before it could name itself is known by the instant at which it was due.
-        found += _read_runs(client, kind, [tag], unfinished=unfinished, limit=limit, due=timestamp.instant)
+        found += read_runs(client, kind, [tag], unfinished=unfinished, limit=limit, due=timestamp.instant)
     now = datetime.now(UTC)
-    due = {run.id: _operation_run(kind, namespace, run) for run in found if _is_due(run, now)}
+    due = {run.id: operation_run(kind, namespace, run) for run in found if _is_due(run, now)}
     return [run for run in due.values() if run.outcome != "skipped" and timestamp in (None, run.set_id.timestamp)]
 
 
-def _read_runs(
+def read_runs(
     client: SyncPrefectClient,
     kind: Kind,
     tags: list[str],
@@ -216,7 +225,7 @@ def _read_runs(
     limit: int = RECORD_LIMIT,
     due: datetime | None = None,
 ) -> list[FlowRun]:
-    """The runs that bear all the tags, newest first; with ``due`` those of that second only."""
+    """Prefect's runs that bear all the tags, newest first, those of the future too; with ``due`` those of that second only."""
     states = [*(_WAITING if unfinished else StateType), *_WORKING]
     second = FlowRunFilterExpectedStartTime(after_=due, before_=due + timedelta(seconds=1)) if due else None
     return client.read_flow_runs(
@@ -234,7 +243,7 @@ def _read_runs(
 def is_being_restored(client: SyncPrefectClient, set_id: SetId) -> bool:
     """Whether a restore reads the set, or is about to, into whatever namespace."""
     tags = [f"source:{set_id.namespace}", f"timestamp:{set_id.timestamp}"]
-    return bool(_read_runs(client, RESTORE, tags, unfinished=True))
+    return bool(read_runs(client, RESTORE, tags, unfinished=True))
 
 
 def forget_backups(client: SyncPrefectClient, set_id: SetId) -> bool:
@@ -342,7 +351,8 @@ def _is_due(run: FlowRun, now: datetime) -> bool:
     return due is not None and due <= now
 
 
-def _operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
+def operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
+    """What a run of Prefect's is to everybody above."""
     tags = dict(tag.split(":", 1) for tag in run.tags if ":" in tag)
     at = run.expected_start_time or run.created or datetime.now(UTC)
     try:
@@ -364,6 +374,7 @@ def _operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
         state_at=run.state.timestamp if run.state else at,
         only_databases=bool(parameters.get("only_databases", False)),
         skip=tuple(parameters.get("skip", ())),
+        to=str(parameters.get("to", "")),
         lease=UUID(tags["lease"]) if "lease" in tags else None,
         deleted=_DELETED in run.tags,
     )

@@ -39,6 +39,11 @@ def limit_name(namespace: str) -> str:
     return f"athena-{namespace}"
 
 
+def copy_slot(namespace: str) -> str:
+    """What stands for the namespace in the slot of its copies; no namespace has a colon in its name."""
+    return f"{namespace}:copy"
+
+
 def ensure_limit(client: SyncPrefectClient, namespace: str) -> None:
     """Create the namespace's limit where there is none; several processes may do so at once."""
     name = limit_name(namespace)

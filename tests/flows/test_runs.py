@@ -9,7 +9,7 @@ from prefect.states import Cancelled
 
 from adapter.records import run_status
 from blocks.keys import block_name
-from flows.runs import BACKUP, _operation_run
+from flows.runs import BACKUP, operation_run
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from flows.runs import BACKUP, _operation_run
 def test_a_run_that_the_stopped_service_ended_was_cancelled_by_nobody(message: str, status: str) -> None:
     run = FlowRun(id=uuid4(), flow_id=uuid4(), state=Cancelled(message=message), tags=["namespace:app"])
     run.state_type, run.state_name = Cancelled().type, Cancelled().name
-    assert run_status(_operation_run(BACKUP, "app", run)) == status
+    assert run_status(operation_run(BACKUP, "app", run)) == status
 
 
 def test_no_two_namespaces_share_their_keys() -> None:
