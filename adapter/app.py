@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import httpx
 import pydantic
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
 from prefect.client.orchestration import SyncPrefectClient
@@ -31,6 +31,7 @@ from adapter.bodies import (
     set_id_of,
     status_request,
 )
+from adapter.metrics import CONTENT_TYPE, metrics
 from adapter.patience import patient_client
 from athena_backup.backup import software
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
@@ -44,6 +45,7 @@ from flows.copies import bury_dead_copies, is_being_copied
 from flows.requests import RestoreRequest, unknown_names
 from flows.runs import (
     BACKUP,
+    COPY,
     RESTORE,
     OperationRun,
     OperationRunningError,
@@ -334,6 +336,14 @@ def _backup_records(service: _Service, ongoing: OperationRun | None, only: SetId
     return records.backup_records(store.location, sets, [run for run in runs if run.ended and not run.deleted], ongoing)
 
 
+def _metrics(service: Service) -> Response:
+    """Metrics of backups and copies for Prometheus; the key as a bearer token."""
+    copies = [run for run in list_runs(service.client, COPY, service.namespace) if run.ended]
+    sets = list_sets(service.store(), service.namespace)
+    page = metrics(service.namespace, sets, copies, service.settings.athena_copy_to)
+    return Response(page, media_type=CONTENT_TYPE)
+
+
 def _add_routes(app: FastAPI) -> None:
     answers: dict[int | str, dict[str, Any]] = {code: {"model": Message} for code in (401, 404, 409, 422, 503)}
     status = BackupRecord | Ongoing
@@ -361,6 +371,9 @@ def _add_routes(app: FastAPI) -> None:
         ("/backuplist", "GET", _backup_list, BackupList, 200, {}),
         ("/restorestatus", "GET", _restore_status, status, 200, timestamp_body),
     ]
+    app.add_api_route(
+        PREFIX + "/metrics", _metrics, response_class=PlainTextResponse, dependencies=[Depends(_authorized)]
+    )
     for path, method, route, model, code, documented in table:
         app.add_api_route(
             PREFIX + path,

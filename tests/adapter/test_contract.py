@@ -61,6 +61,7 @@ class TestKeys:
             ("POST", "/ondemandbackup"),
             ("POST", "/ondemandrestore"),
             ("DELETE", "/backup/x"),
+            ("GET", "/metrics"),
         ):
             assert "API key" in message(service.call(method, path, Authorization=given))
             assert service.call(method, path, Authorization=given).status_code == 401
@@ -377,7 +378,7 @@ def test_the_openapi_page_is_real_and_describes_every_call(service: Service) -> 
     calls = {path.removeprefix("/athena/api/v1") for path in document["paths"]}
     assert calls == {
         *("/ondemandbackup", "/ondemandrestore", "/backup/latest", "/backup/status", "/backup/list", "/backup/delete"),
-        *("/backup/{timestamp}", "/restore/status", "/restorestatus", "/backupstatus", "/backuplist"),
+        *("/backup/{timestamp}", "/restore/status", "/restorestatus", "/backupstatus", "/backuplist", "/metrics"),
     }
     page = httpx.get(f"{service.api_url}/athena/api/v1/docs", trust_env=False)
     assert page.status_code == 200

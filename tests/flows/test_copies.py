@@ -85,6 +85,15 @@ def test_a_backup_is_copied_and_its_command_waits_for_the_copy(service: Service,
     assert "of them stood there already" in again.stdout
 
 
+def copy_metric(service: Service) -> str:
+    [line] = [
+        line
+        for line in service.call("GET", "/metrics").text.splitlines()
+        if line.startswith("athena_backup_copy_success{")
+    ]
+    return line.rpartition(" ")[2]
+
+
 def test_a_copy_that_fails_is_told_and_the_set_stays_a_success(service: Service, second: LocalStore) -> None:
     marker = Path(second.location.place) / MARKER
     identifier = marker.read_text()
@@ -97,11 +106,13 @@ def test_a_copy_that_fails_is_told_and_the_set_stays_a_success(service: Service,
     assert newest_copy(service)["state_type"] == "FAILED"
     assert told in newest_copy(service)["state"]["message"]  # type: ignore[index]
     assert service.status("/backup/status", json.dumps({"timestamp": timestamp})) == "Success"
+    assert copy_metric(service) == "0.0"
     marker.write_text(identifier)
     assert find_set(second, set_of(timestamp)) is None
     mended = service.command("copy", timestamp, "--to", "second")
     assert mended.returncode == 0, mended
     assert whole_manifest(second, set_of(timestamp))
+    assert copy_metric(service) == "1.0"
 
 
 def test_a_set_or_store_that_there_is_not_is_named(service: Service) -> None:
