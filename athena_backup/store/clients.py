@@ -6,11 +6,8 @@ here. Given keys are used as they are; without keys the platform's own identity 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +18,8 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from athena_backup.errors import FinalError
 from athena_backup.store import StoreLocation
-from athena_backup.store.credentials import aws_identity, azure_identity, google_identity
-from athena_backup.store.objects import ObjectStore
+from athena_backup.store.credentials import aws_identity, azure_identity, bare_environment, google_identity
+from athena_backup.store.objects import PAUSE_SECONDS, ObjectStore
 from athena_backup.store.sweep import S3Access, abort_uploads
 
 if TYPE_CHECKING:
@@ -31,14 +28,8 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 300
 """For one request, its body included: 8 MiB pass at 28 KB/s."""
 CONNECT_TIMEOUT_SECONDS = 10
-_RETRIES: RetryConfig = {
-    "max_retries": 8,
-    # Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig).
-    "retry_timeout": timedelta(seconds=240),
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
-}
-_FOREIGN_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
-_environment_lock = threading.Lock()
+RETRY_SECONDS = 240
+"""Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig)."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,16 @@ class Way:
     """Read every part again and hash it before it counts as written."""
     ca_bundle: Path | None = None
     """Certificates of an own authority, PEM; trusted besides the usual ones."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    retry_seconds: float = RETRY_SECONDS
+    pause_seconds: float = PAUSE_SECONDS
 
     def client_options(self) -> ClientConfig:
         """The HTTP client's options; proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Raises `FinalError`."""
         options: ClientConfig = {
             "allow_http": True,
-            "timeout": timedelta(seconds=TIMEOUT_SECONDS),
-            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_SECONDS),
+            "timeout": timedelta(seconds=self.timeout_seconds),
+            "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_SECONDS, self.timeout_seconds)),
         }
         if self.ca_bundle is not None:
             try:
@@ -68,13 +62,34 @@ class Way:
                 raise FinalError(f"the CA bundle {self.ca_bundle} can't be read: {error.strerror}") from None
         return options
 
+    def retries(self) -> RetryConfig:
+        """How often the client repeats a request on its own."""
+        return {
+            "max_retries": 8,
+            "retry_timeout": timedelta(seconds=self.retry_seconds),
+            "backoff": {
+                "init_backoff": timedelta(seconds=self.pause_seconds / 2),
+                "max_backoff": timedelta(seconds=15),
+                "base": 2,
+            },
+        }
+
     def proof(self, url: str, *, digest: bool) -> str:
-        """How bytes sent to ``url`` are known to be right; raises `FinalError` for http that nobody allowed."""
+        """How bytes sent to ``url`` are known to be right.
+
+        Raises `FinalError` for http that nobody allowed, and for an address that carries a secret: errors would show it.
+        """
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise FinalError(
+                f"the address of the store at {parts.hostname} carries a name, a password or a query",
+                next_step="give the address alone, and the keys by their own settings",
+            )
         if self.read_back:
             return "read-back"
         if digest:
             return "digest"
-        if urlsplit(url).scheme != "http":
+        if parts.scheme != "http":
             return "tls+size"
         if not self.allow_http:
             raise FinalError(
@@ -104,11 +119,12 @@ def open_s3(
     """The store in an S3 bucket; without ``keys`` by the usual AWS chain (web identity, instance role, ...)."""
     way = way or Way()
     proof = way.proof(endpoint, digest=True)
-    identity = aws_identity() if keys is None else _given(keys)
     # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint).
     address = endpoint.rstrip("/") if path_style else _with_bucket(endpoint, bucket)
 
     def connect() -> S3Store:
+        # Anew with every client: one whose credentials were refused must not get the same ones again.
+        identity = aws_identity() if keys is None else _given(keys)
         with bare_environment():
             return S3Store(
                 bucket,
@@ -121,13 +137,18 @@ def open_s3(
                 disable_tagging=True,
                 credential_provider=identity,
                 client_options=way.client_options(),
-                retry_config=_RETRIES,
+                retry_config=way.retries(),
             )
 
     access = S3Access(bucket, endpoint, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
     location = StoreLocation("s3", bucket, region)
     return ObjectStore(
-        location, connect, streams=way.streams, proof=proof, abandon=lambda prefix: abort_uploads(access, prefix)
+        location,
+        connect,
+        streams=way.streams,
+        pause_seconds=way.pause_seconds,
+        proof=proof,
+        abandon=lambda prefix: abort_uploads(access, prefix),
     )
 
 
@@ -137,10 +158,9 @@ def open_azure(
     """The store in an Azure container; without ``key`` by managed identity (or workload identity, environment, ...)."""
     way = way or Way()
     proof = way.proof(service_url, digest=False)
-    identity = None if key is not None else azure_identity()
 
     def connect() -> AzureStore:
-        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": identity}
+        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": azure_identity()}
         with bare_environment():
             return AzureStore(
                 container,
@@ -148,46 +168,35 @@ def open_azure(
                 endpoint=service_url.rstrip("/"),
                 disable_tagging=True,
                 client_options=way.client_options(),
-                retry_config=_RETRIES,
+                retry_config=way.retries(),
                 **who,
             )
 
     location = StoreLocation("azure-blob-storage", f"{service_url.rstrip('/')}/{container}/")
-    return ObjectStore(location, connect, streams=way.streams, proof=proof)
+    return ObjectStore(location, connect, streams=way.streams, pause_seconds=way.pause_seconds, proof=proof)
 
 
 def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None = None) -> ObjectStore:
     """The store in a Google bucket; ``service_account`` is its JSON, without it Google's default credentials are used."""
     way = way or Way()
     proof = way.proof(_google_url(service_account), digest=False)
-    identity = None if service_account is not None else google_identity()
 
     def connect() -> GCSStore:
         who: dict[str, Any] = (
             {"service_account_key": service_account}
             if service_account is not None
-            else {"credential_provider": identity}
+            else {"credential_provider": google_identity()}
         )
         with bare_environment():
-            return GCSStore(bucket, client_options=way.client_options(), retry_config=_RETRIES, **who)
+            return GCSStore(bucket, client_options=way.client_options(), retry_config=way.retries(), **who)
 
-    return ObjectStore(StoreLocation("gcp-cloud-storage", bucket), connect, streams=way.streams, proof=proof)
-
-
-@contextlib.contextmanager
-def bare_environment() -> Iterator[None]:
-    """While the block lasts, this process's environment holds nothing that a client would take for one of its settings.
-
-    Every client reads it at its making, explicit options or not: a foreign AWS_SESSION_TOKEN went with every request (tried).
-    """
-    with _environment_lock:
-        foreign = {name: value for name, value in os.environ.items() if name.upper().startswith(_FOREIGN_PREFIXES)}
-        for name in foreign:
-            del os.environ[name]
-        try:
-            yield
-        finally:
-            os.environ.update(foreign)
+    return ObjectStore(
+        StoreLocation("gcp-cloud-storage", bucket),
+        connect,
+        streams=way.streams,
+        pause_seconds=way.pause_seconds,
+        proof=proof,
+    )
 
 
 def _given(keys: Keys) -> Callable[[], Any]:
@@ -208,5 +217,8 @@ def _with_bucket(endpoint: str, bucket: str) -> str:
 
 def _google_url(service_account: str | None) -> str:
     """Where a service account's JSON says that its Google is; emulators are addressed so (obstore manual)."""
-    document = json.loads(service_account) if service_account is not None else {}
+    try:
+        document = json.loads(service_account) if service_account is not None else {}
+    except ValueError:
+        raise FinalError("the Google service account is no JSON", next_step="correct GCP_SERVICE_ACCOUNT") from None
     return str(document.get("gcs_base_url") or "https://storage.googleapis.com")

@@ -54,7 +54,8 @@ BUFFER_BUDGET_BYTES = 128 << 20
 """What all streams of one process together may hold in upload parts and ranges ("stores", section 4)."""
 _PARALLEL_LIMIT = 8
 _TRIES = 4
-_PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 0.5
+"""Before the second try of a call; twice as long before each further one."""
 _DELETE_BATCH = 500
 _WAITING_SECONDS = 0.5
 _CAUSE_LIMIT = 300
@@ -72,6 +73,7 @@ class ObjectStore:
         connect: Callable[[], Client],
         *,
         streams: int = 2,
+        pause_seconds: float = PAUSE_SECONDS,
         proof: str = "digest",
         abandon: Callable[[str], int] = lambda _: 0,
     ) -> None:
@@ -85,6 +87,7 @@ class ObjectStore:
         self._connect = connect
         self._client: Client | None = None
         self._proof = proof
+        self._pause_seconds = pause_seconds
         self._abandon = abandon
         buffers = BUFFER_BUDGET_BYTES // UPLOAD_PART_BYTES // max(1, streams)
         # One buffer of each stream is the one that is being filled.
@@ -183,18 +186,41 @@ class ObjectStore:
         feed = _Feed(chunks)
         first = feed.first(UPLOAD_PART_BYTES)
         try:
-            if feed.ended:
-                obstore.put(self._connected(), key, first, mode="create", use_multipart=False)
-            else:
-                self._upload(key, itertools.chain([first], feed))
+            self._send(key, first, feed)
         except (BaseError, OSError, ValueError) as error:
-            if feed.failed or not feed.ended:
+            if feed.failure is not None:
+                raise feed.failure from error
+            if not feed.ended:
                 raise self._told(key, error) from error
             self._settle(key, feed.size_bytes, error)
         entry = self.head(key)
         if entry is None:
             raise UnavailableError(f"{key} is not in {self._location.place}, although it was stored", step="storing")
         return entry
+
+    def _send(self, key: str, first: bytes, feed: "_Feed") -> None:
+        """Send ``first`` and what is left of the feed; credentials that are refused are renewed once ("stores", section 6)."""
+        is_whole = feed.ended
+
+        def send() -> None:
+            if is_whole:
+                obstore.put(self._connected(), key, first, mode="create", use_multipart=False)
+            else:
+                self._upload(key, itertools.chain([first], feed))
+
+        try:
+            send()
+        except (BaseError, OSError) as error:
+            if not _is_denied(error):
+                raise
+            self._client = None
+            if feed.size_bytes > len(first):
+                # What was taken from the source is gone: only the component's next try, with its renewed credentials,
+                # can tell whether they had expired or were withdrawn.
+                raise UnavailableError(
+                    self._told(key, error).cause, next_step="the credentials are renewed for another try"
+                ) from error
+            send()
 
     def _upload(self, key: str, chunks: Iterable[bytes]) -> None:
         try:
@@ -268,18 +294,26 @@ class ObjectStore:
             return 0
 
     def _connected(self) -> Client:
-        if self._client is None:
-            self._client = self._connect()
-        return self._client
+        client = self._client
+        if client is None:
+            try:
+                client = self._client = self._connect()
+            except (BaseError, ValueError) as error:
+                # Nothing was asked of the store yet: what can't be read is a key, an address, a certificate.
+                raise FinalError(
+                    f"{self._location.type} store {self._location.place}: {_cause(str(error))}",
+                    next_step="correct the store's settings",
+                ) from None
+        return client
 
     def _once(self, key: str, call: Callable[[], _Result]) -> _Result:
         """One call, with errors told; credentials that are refused are renewed once ("stores", section 6)."""
         try:
             return call()
-        except (PermissionDeniedError, UnauthenticatedError):
-            self._client = None
         except (BaseError, OSError, ValueError) as error:
-            raise self._told(key, error) from error
+            if not _is_denied(error):
+                raise self._told(key, error) from error
+            self._client = None
         try:
             return call()
         except (BaseError, OSError, ValueError) as error:
@@ -293,7 +327,7 @@ class ObjectStore:
             except UnavailableError:
                 if attempt == _TRIES:
                     raise
-            time.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            time.sleep(self._pause_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         raise AssertionError("the loop above returns or raises")
 
     def _told(self, key: str, error: Exception) -> AthenaError:
@@ -312,7 +346,10 @@ class ObjectStore:
             )
         if _SKEWED.search(text):
             return DeniedError(what, next_step="the clocks of this machine and the store differ: set this one's")
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(text):
+        found = _NO_IDENTITY.search(text)
+        if found is not None:
+            return DeniedError(found.group(1))
+        if _is_denied(error):
             return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
         if isinstance(error, FileNotFoundError):
             return AbsentError(what)
@@ -329,8 +366,13 @@ class _ChangedError(FinalError):
 
 _DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
+_NO_IDENTITY = re.compile(r"credential provider: DeniedError: ([^\n]+)")
 _SKEWED = re.compile(r"RequestTimeTooSkewed")
 _TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
+
+
+def _is_denied(error: Exception) -> bool:
+    return isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(str(error)) is not None
 
 
 def _cause(text: str) -> str:
@@ -348,7 +390,7 @@ class _Feed:
         self._chunks = iter(chunks)
         self.size_bytes = 0
         self.ended = False
-        self.failed = False
+        self.failure: BaseException | None = None
 
     def first(self, size_bytes: int) -> bytes:
         """The first chunks joined, at least ``size_bytes`` of them or all."""
@@ -368,8 +410,8 @@ class _Feed:
         except StopIteration:
             self.ended = True
             raise
-        except BaseException:
-            self.failed = True
+        except BaseException as error:
+            self.failure = error
             raise
         self.size_bytes += len(chunk)
         return chunk

@@ -15,6 +15,7 @@ import botocore.exceptions
 from botocore.config import Config
 
 from athena_backup.errors import DeniedError, UnavailableError
+from athena_backup.store.credentials import bare_environment
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -37,11 +38,12 @@ class S3Access:
 
     def client(self) -> S3Client:
         """A client of its own, made from these values alone where keys are given."""
-        session = boto3.Session(
-            aws_access_key_id=self.keys.access_key if self.keys else None,
-            aws_secret_access_key=self.keys.secret_key if self.keys else None,
-            region_name=self.region,
-        )
+        if self.keys is None:
+            return self._made(boto3.Session(region_name=self.region))
+        with bare_environment():
+            return self._made(boto3.Session(self.keys.access_key, self.keys.secret_key, region_name=self.region))
+
+    def _made(self, session: boto3.Session) -> S3Client:
         return session.client(
             "s3",
             endpoint_url=self.endpoint,

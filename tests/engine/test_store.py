@@ -1,4 +1,4 @@
-"""What every store promises. One suite, run over each kind; today there is one."""
+"""What every store promises: one suite, run over each kind on a real server. What only a directory can get wrong follows."""
 
 import errno
 import os
@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from object_stores import OBJECT_STORES
 
 from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError, UnavailableError
 from athena_backup.store import Store, read_document
 from athena_backup.store.local import MARKER, LocalStore, initialize, open_local, store_id
 
 
-@pytest.fixture(params=["local"])
-def store(request: pytest.FixtureRequest, local_store: LocalStore) -> Store:
-    return {"local": local_store}[request.param]
+@pytest.fixture(params=["local", *OBJECT_STORES])
+def store(request: pytest.FixtureRequest) -> Store:
+    if request.param == "local":
+        return request.getfixturevalue("local_store")
+    server = request.getfixturevalue("open_server")(request.param)
+    return server.open()
 
 
 def test_what_is_written_is_read_whole_and_in_ranges(store: Store) -> None:
