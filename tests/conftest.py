@@ -13,13 +13,14 @@ import pytest
 
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database, quoted, run_sql, session
+from athena_backup.store import Store
 from athena_backup.store.local import LocalStore, initialize
 from deployments.embedded_stores import EmbeddedAzure, EmbeddedS3, embedded_azure, embedded_s3
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fault_proxy import FaultProxy, fault_proxy
-from object_stores import OBJECT_STORES, Server, azure_server, gcs_server, moto_s3, moto_server, s3_server
+from object_stores import OBJECT_STORES, PATIENT, Server, azure_server, gcs_server, moto_s3, moto_server, s3_server
 from service import Service
 
 
@@ -93,6 +94,14 @@ def open_server(_servers: Callable[[str], Server]) -> Callable[[str], Server]:
 def object_server(request: pytest.FixtureRequest, open_server: Callable[[str], Server]) -> Server:
     """Each of the object stores in turn, empty."""
     return open_server(request.param)
+
+
+@pytest.fixture(params=["local", *OBJECT_STORES])
+def store(request: pytest.FixtureRequest, open_server: Callable[[str], Server]) -> Store:
+    """Each kind of store in turn, empty."""
+    return (
+        request.getfixturevalue("local_store") if request.param == "local" else open_server(request.param).open(PATIENT)
+    )
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from deployments.embedded_stores import BUCKET, REGION, EmbeddedAzure, EmbeddedS
 
 OBJECT_STORES = ("s3", "moto", "azure", "gcs")
 MOTO_KEYS = Keys("moto", "moto")
+PATIENT = Way(allow_http=True)
+"""As the product is."""
 QUICK = Way(allow_http=True, timeout_seconds=2, retry_seconds=8, pause_seconds=0.05)
 """The product's way with its patience scaled down, so that thirty seconds of silence are three."""
 
@@ -145,6 +147,9 @@ def _renewed(access: S3Access) -> Callable[[], None]:
                 client.abort_multipart_upload(Bucket=access.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             client.delete_bucket(Bucket=access.bucket)
         client.create_bucket(Bucket=access.bucket, CreateBucketConfiguration={"LocationConstraint": access.region})
+        # The first object of a bucket is slow in SeaweedFS.
+        client.put_object(Bucket=access.bucket, Key="first", Body=b"x")
+        client.delete_object(Bucket=access.bucket, Key="first")
 
     return renew
 
