@@ -110,8 +110,10 @@ def open_s3(
     """The store in an S3 bucket; without ``keys`` by the usual AWS chain (web identity, instance role, ...)."""
     way = way or Way()
     proof = way.proof(endpoint, digest=True)
-    # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint).
-    address = endpoint.rstrip("/") if path_style else _with_bucket(endpoint, bucket)
+    # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint), boto3 the
+    # service's; people give either.
+    service = endpoint.rstrip("/") if path_style else endpoint.rstrip("/").replace(f"://{bucket}.", "://", 1)
+    address = service if path_style else service.replace("://", f"://{bucket}.", 1)
 
     def connect() -> S3Store:
         # Anew with every client: one whose credentials were refused must not get the same ones again.
@@ -131,7 +133,7 @@ def open_s3(
                 retry_config=way.retries(),
             )
 
-    access = S3Access(bucket, endpoint, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
+    access = S3Access(bucket, service, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
     location = StoreLocation("s3", bucket, region)
     return ObjectStore(
         location,
@@ -197,13 +199,6 @@ def _given(keys: Keys) -> Callable[[], Any]:
         "token": None,
         "expires_at": None,
     }
-
-
-def _with_bucket(endpoint: str, bucket: str) -> str:
-    parts = urlsplit(endpoint)
-    if parts.hostname is not None and parts.hostname.startswith(f"{bucket}."):
-        return endpoint.rstrip("/")
-    return f"{parts.scheme}://{bucket}.{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def _google_url(service_account: str | None) -> str:

@@ -68,11 +68,13 @@ def aws_identity() -> Identity:
             frozen = found.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
             raise DeniedError(f"AWS gives no credentials: {error}", next_step="check the pod's role") from None
+        # botocore tells the expiry to nobody; without it credentials of a minute would be used for ten.
+        expiry = getattr(found, "_expiry_time", None) or datetime.now(UTC) + _LOOK_AGAIN
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _LOOK_AGAIN if frozen.token else None,
+            "expires_at": min(expiry.astimezone(UTC), datetime.now(UTC) + _LOOK_AGAIN) if frozen.token else None,
         }
 
     return identity

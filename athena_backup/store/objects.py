@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,6 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import ObjectStore as Client
 
@@ -44,6 +40,7 @@ from athena_backup.store import (
     check_key,
     check_prefix,
 )
+from athena_backup.store.refusals import ChangedError, cause_of, is_denied, is_timeout, told
 
 if TYPE_CHECKING:
     from obstore import GetOptions, PutMode
@@ -58,7 +55,6 @@ PAUSE_SECONDS = 0.5
 """Before the second try of a call; twice as long before each further one."""
 _DELETE_BATCH = 500
 _WAITING_SECONDS = 0.5
-_CAUSE_LIMIT = 300
 
 _Result = TypeVar("_Result")
 logger = logging.getLogger("athena_backup.store")
@@ -155,22 +151,29 @@ class ObjectStore:
             while ahead.pending:
                 yield from ahead.waiting()
                 piece = memoryview(ahead.take())
-                following = next(ranges, None)
-                if following is not None:
-                    ahead.submit(functools.partial(self._range, key, tag, *following))
+                if self._parallel > 1:
+                    self._read_on(ahead, key, tag, ranges)
                 for offset in range(0, len(piece), CHUNK_SIZE_BYTES):
                     yield bytes(piece[offset : offset + CHUNK_SIZE_BYTES])
+                piece.release()
+                if self._parallel == 1:
+                    self._read_on(ahead, key, tag, ranges)
 
-    def _range(self, key: str, tag: str | None, start: int, end: int) -> bytes:
-        def get() -> bytes:
+    def _read_on(self, ahead: "_Ahead", key: str, tag: str | None, ranges: Iterator[tuple[int, int]]) -> None:
+        following = next(ranges, None)
+        if following is not None:
+            ahead.submit(functools.partial(self._range, key, tag, *following))
+
+    def _range(self, key: str, tag: str | None, start: int, end: int) -> obstore.Bytes:
+        def get() -> obstore.Bytes:
             options: GetOptions = {"range": (start, end)}
             if tag:
                 options["if_match"] = tag
-            return bytes(obstore.get(self._connected(), key, options=options).bytes())
+            return obstore.get(self._connected(), key, options=options).bytes()
 
         try:
             content = self._patiently(key, get)
-        except _ChangedError:
+        except ChangedError:
             raise DamagedError(
                 f"{key} was replaced while it was read", next_step="who writes into the store?"
             ) from None
@@ -184,12 +187,11 @@ class ObjectStore:
         if self.head(key) is not None:
             raise FinalError(f"{key} exists already in {self._location.place}, and nothing is written twice")
         feed = _Feed(chunks)
-        first = feed.first(UPLOAD_PART_BYTES)
         try:
-            self._send(key, first, feed)
+            self._send(key, feed)
         except (BaseError, OSError, ValueError) as error:
             if feed.failure is not None:
-                raise feed.failure from error
+                raise feed.failure from (error if error is not feed.failure else None)
             if not feed.ended:
                 raise self._told(key, error) from error
             self._settle(key, feed.size_bytes, error)
@@ -198,23 +200,30 @@ class ObjectStore:
             raise UnavailableError(f"{key} is not in {self._location.place}, although it was stored", step="storing")
         return entry
 
-    def _send(self, key: str, first: bytes, feed: "_Feed") -> None:
-        """Send ``first`` and what is left of the feed; credentials that are refused are renewed once ("stores", section 6)."""
+    def _send(self, key: str, feed: "_Feed") -> None:
+        """Send all that the feed gives; credentials that are refused are renewed once ("stores", section 6)."""
+        held = [feed.first(UPLOAD_PART_BYTES)]
         is_whole = feed.ended
+
+        def pieces() -> Iterator[bytes]:
+            yield held[0]
+            # From here on only the client has it: a buffer less for as long as the upload lasts.
+            held.clear()
+            yield from feed
 
         def send() -> None:
             if is_whole:
-                obstore.put(self._connected(), key, first, mode="create", use_multipart=False)
+                obstore.put(self._connected(), key, held[0], mode="create", use_multipart=False)
             else:
-                self._upload(key, itertools.chain([first], feed))
+                self._upload(key, pieces())
 
         try:
             send()
         except (BaseError, OSError) as error:
-            if not _is_denied(error):
+            if not is_denied(error):
                 raise
             self._client = None
-            if feed.size_bytes > len(first):
+            if not held:
                 # What was taken from the source is gone: only the component's next try, with its renewed credentials,
                 # can tell whether they had expired or were withdrawn.
                 raise UnavailableError(
@@ -233,23 +242,23 @@ class ObjectStore:
                 max_concurrency=self._parallel,
             )
         except BaseError as error:
-            if _TIMED_OUT.search(str(error)):
+            if is_timeout(error):
                 # Too many at once for this line: the next try of this and every other object goes one by one.
                 self._parallel = 1
             raise
 
     def _settle(self, key: str, size_bytes: int, error: Exception) -> None:
         """Look whether an object stands although its last call failed ("stores", section 2); raises what is to be told."""
-        told = self._told(key, error)
-        if isinstance(told, DeniedError):
-            raise told from error
+        problem = self._told(key, error)
+        if isinstance(problem, DeniedError):
+            raise problem from error
         try:
             entry = self.head(key)
         except AthenaError:
-            raise told from error
+            raise problem from error
         if entry is None or entry.size_bytes != size_bytes:
-            raise told from error
-        raise UnsettledError(f"it is unknown whether {key} was written whole: {told.cause}", entry=entry) from error
+            raise problem from error
+        raise UnsettledError(f"it is unknown whether {key} was written whole: {problem.cause}", entry=entry) from error
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """See `Store.put`."""
@@ -301,7 +310,7 @@ class ObjectStore:
             except (BaseError, ValueError) as error:
                 # Nothing was asked of the store yet: what can't be read is a key, an address, a certificate.
                 raise FinalError(
-                    f"{self._location.type} store {self._location.place}: {_cause(str(error))}",
+                    f"{self._location.type} store {self._location.place}: {cause_of(error)}",
                     next_step="correct the store's settings",
                 ) from None
         return client
@@ -311,7 +320,7 @@ class ObjectStore:
         try:
             return call()
         except (BaseError, OSError, ValueError) as error:
-            if not _is_denied(error):
+            if not is_denied(error):
                 raise self._told(key, error) from error
             self._client = None
         try:
@@ -331,56 +340,7 @@ class ObjectStore:
         raise AssertionError("the loop above returns or raises")
 
     def _told(self, key: str, error: Exception) -> AthenaError:
-        """What the client says, in an operator's words; the client's types say less than its text."""
-        text = str(error)
-        what = f"{self._location.type} store {self._location.place}: {key or 'listing'}: {_cause(text)}"
-        if isinstance(error, AthenaError):
-            return error
-        if isinstance(error, PreconditionError):
-            return _ChangedError(what)
-        if _NO_BUCKET.search(text):
-            return FinalError(
-                f"there is no bucket or container {self._location.place}",
-                next_step="create it, or correct its name; this service never makes one",
-                step="storing",
-            )
-        if _SKEWED.search(text):
-            return DeniedError(what, next_step="the clocks of this machine and the store differ: set this one's")
-        found = _NO_IDENTITY.search(text)
-        if found is not None:
-            return DeniedError(found.group(1))
-        if _is_denied(error):
-            return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
-        if isinstance(error, FileNotFoundError):
-            return AbsentError(what)
-        if isinstance(error, AlreadyExistsError):
-            return FinalError(what)
-        if isinstance(error, ValueError):
-            return FinalError(what, next_step="check the store's settings")
-        return UnavailableError(what, next_step="check the store's address and the way to it, then try again")
-
-
-class _ChangedError(FinalError):
-    """The object is not the one that was looked at."""
-
-
-_DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken")
-_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
-_NO_IDENTITY = re.compile(r"credential provider: DeniedError: ([^\n]+)")
-_SKEWED = re.compile(r"RequestTimeTooSkewed")
-_TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
-
-
-def _is_denied(error: Exception) -> bool:
-    return isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(str(error)) is not None
-
-
-def _cause(text: str) -> str:
-    """The first sentence of what the client says, with the answer's own code where there is one."""
-    code = re.search(r"<Code>(\w+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
-    line = text.partition("\n\nDebug source")[0].partition("<?xml")[0].partition("\n")[0].rstrip(": ")
-    said = f" ({code.group(1)}: {code.group(2).strip()})" if code and code.group(2) else ""
-    return line[:_CAUSE_LIMIT] + said[:_CAUSE_LIMIT]
+        return told(self._location, key, error)
 
 
 class _Feed:
@@ -394,12 +354,12 @@ class _Feed:
 
     def first(self, size_bytes: int) -> bytes:
         """The first chunks joined, at least ``size_bytes`` of them or all."""
-        gathered = bytearray()
+        gathered: list[bytes] = []
         for chunk in self:
-            gathered += chunk
-            if len(gathered) >= size_bytes:
+            gathered.append(chunk)
+            if self.size_bytes >= size_bytes:
                 break
-        return bytes(gathered)
+        return b"".join(gathered)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -422,13 +382,13 @@ class _Ahead:
 
     def __init__(self, parallel: int) -> None:
         self._pool = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="range")
-        self._futures: list[Future[bytes]] = []
+        self._futures: list[Future[obstore.Bytes]] = []
 
     @property
     def pending(self) -> bool:
         return bool(self._futures)
 
-    def submit(self, fetch: Callable[[], bytes]) -> None:
+    def submit(self, fetch: Callable[[], obstore.Bytes]) -> None:
         self._futures.append(self._pool.submit(fetch))
 
     def waiting(self) -> Iterator[bytes]:
@@ -441,7 +401,7 @@ class _Ahead:
             else:
                 return
 
-    def take(self) -> bytes:
+    def take(self) -> obstore.Bytes:
         return self._futures.pop(0).result()
 
     def close(self) -> None:
