@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 300
 """For one request, its body included: 8 MiB pass at 28 KB/s."""
+STALL_SECONDS = 60
+"""Without a byte of an answer: then a read is begun anew. Not for uploads: the client counts the time that the request's own
+body takes too, and a slow line would never pass one (tried)."""
 CONNECT_TIMEOUT_SECONDS = 10
 RETRY_SECONDS = 240
 """Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig)."""
@@ -45,16 +48,22 @@ class Way:
     ca_bundle: Path | None = None
     """Certificates of an own authority, PEM; trusted besides the usual ones."""
     timeout_seconds: float = TIMEOUT_SECONDS
+    stall_seconds: float = STALL_SECONDS
     retry_seconds: float = RETRY_SECONDS
     pause_seconds: float = PAUSE_SECONDS
 
-    def client_options(self) -> ClientConfig:
-        """The HTTP client's options; proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Raises `FinalError`."""
+    def client_options(self, *, to_read: bool) -> ClientConfig:
+        """The HTTP client's options, for reading objects or for all else. Raises `FinalError`.
+
+        Proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY.
+        """
         options: ClientConfig = {
             "allow_http": True,
             "timeout": timedelta(seconds=self.timeout_seconds),
             "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_SECONDS, self.timeout_seconds)),
         }
+        if to_read:
+            options["read_timeout"] = timedelta(seconds=self.stall_seconds)
         if self.ca_bundle is not None:
             try:
                 options["root_certificate"] = self.ca_bundle.read_bytes()
@@ -115,9 +124,7 @@ def open_s3(
     service = endpoint.rstrip("/") if path_style else endpoint.rstrip("/").replace(f"://{bucket}.", "://", 1)
     address = service if path_style else service.replace("://", f"://{bucket}.", 1)
 
-    def connect() -> S3Store:
-        # Anew with every client: one whose credentials were refused must not get the same ones again.
-        identity = aws_identity() if keys is None else _given(keys)
+    def client(identity: Callable[[], Any], *, to_read: bool) -> S3Store:
         with bare_environment():
             return S3Store(
                 bucket,
@@ -129,9 +136,14 @@ def open_s3(
                 conditional_put="etag",
                 disable_tagging=True,
                 credential_provider=identity,
-                client_options=way.client_options(),
+                client_options=way.client_options(to_read=to_read),
                 retry_config=way.retries(),
             )
+
+    def connect() -> tuple[S3Store, S3Store]:
+        # Anew: a client whose credentials were refused must not get the same ones again.
+        identity = aws_identity() if keys is None else _given(keys)
+        return client(identity, to_read=False), client(identity, to_read=True)
 
     access = S3Access(bucket, service, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
     location = StoreLocation("s3", bucket, region)
@@ -152,18 +164,21 @@ def open_azure(
     way = way or Way()
     proof = way.proof(service_url, digest=False)
 
-    def connect() -> AzureStore:
-        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": azure_identity()}
+    def client(who: dict[str, Any], *, to_read: bool) -> AzureStore:
         with bare_environment():
             return AzureStore(
                 container,
                 account_name=account,
                 endpoint=service_url.rstrip("/"),
                 disable_tagging=True,
-                client_options=way.client_options(),
+                client_options=way.client_options(to_read=to_read),
                 retry_config=way.retries(),
                 **who,
             )
+
+    def connect() -> tuple[AzureStore, AzureStore]:
+        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": azure_identity()}
+        return client(who, to_read=False), client(who, to_read=True)
 
     location = StoreLocation("azure-blob-storage", f"{service_url.rstrip('/')}/{container}/")
     return ObjectStore(location, connect, streams=way.streams, pause_seconds=way.pause_seconds, proof=proof)
@@ -174,14 +189,19 @@ def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None
     way = way or Way()
     proof = way.proof(_google_url(service_account), digest=False)
 
-    def connect() -> GCSStore:
+    def client(who: dict[str, Any], *, to_read: bool) -> GCSStore:
+        with bare_environment():
+            return GCSStore(
+                bucket, client_options=way.client_options(to_read=to_read), retry_config=way.retries(), **who
+            )
+
+    def connect() -> tuple[GCSStore, GCSStore]:
         who: dict[str, Any] = (
             {"service_account_key": service_account}
             if service_account is not None
             else {"credential_provider": google_identity()}
         )
-        with bare_environment():
-            return GCSStore(bucket, client_options=way.client_options(), retry_config=way.retries(), **who)
+        return client(who, to_read=False), client(who, to_read=True)
 
     return ObjectStore(
         StoreLocation("gcp-cloud-storage", bucket),

@@ -66,14 +66,15 @@ class ObjectStore:
     def __init__(
         self,
         location: StoreLocation,
-        connect: Callable[[], Client],
+        connect: Callable[[], tuple[Client, Client]],
         *,
         streams: int = 2,
         pause_seconds: float = PAUSE_SECONDS,
         proof: str = "digest",
         abandon: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """``connect`` makes a client with fresh credentials; it is called at first use and when credentials are refused.
+        """``connect`` makes a client, and one for reading, whose stalls are noticed sooner, with fresh credentials; it is
+        called at first use and when credentials are refused.
 
         ``streams``: how many objects are written or read at once, among which `BUFFER_BUDGET_BYTES` are divided. ``proof``:
         how written bytes are known to be right, see `Store.proof`. ``abandon`` aborts the uploads that killed writers left
@@ -81,7 +82,7 @@ class ObjectStore:
         """
         self._location = location
         self._connect = connect
-        self._client: Client | None = None
+        self._clients: tuple[Client, Client] | None = None
         self._proof = proof
         self._pause_seconds = pause_seconds
         self._abandon = abandon
@@ -169,7 +170,7 @@ class ObjectStore:
             options: GetOptions = {"range": (start, end)}
             if tag:
                 options["if_match"] = tag
-            return obstore.get(self._connected(), key, options=options).bytes()
+            return obstore.get(self._connected(to_read=True), key, options=options).bytes()
 
         try:
             content = self._patiently(key, get)
@@ -222,7 +223,7 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             if not is_denied(error):
                 raise
-            self._client = None
+            self._clients = None
             if not held:
                 # What was taken from the source is gone: only the component's next try, with its renewed credentials,
                 # can tell whether they had expired or were withdrawn.
@@ -302,18 +303,18 @@ class ObjectStore:
             logger.warning("%s", error)
             return 0
 
-    def _connected(self) -> Client:
-        client = self._client
-        if client is None:
+    def _connected(self, *, to_read: bool = False) -> Client:
+        clients = self._clients
+        if clients is None:
             try:
-                client = self._client = self._connect()
+                clients = self._clients = self._connect()
             except (BaseError, ValueError) as error:
                 # Nothing was asked of the store yet: what can't be read is a key, an address, a certificate.
                 raise FinalError(
                     f"{self._location.type} store {self._location.place}: {cause_of(error)}",
                     next_step="correct the store's settings",
                 ) from None
-        return client
+        return clients[1] if to_read else clients[0]
 
     def _once(self, key: str, call: Callable[[], _Result]) -> _Result:
         """One call, with errors told; credentials that are refused are renewed once ("stores", section 6)."""
@@ -322,7 +323,7 @@ class ObjectStore:
         except (BaseError, OSError, ValueError) as error:
             if not is_denied(error):
                 raise self._told(key, error) from error
-            self._client = None
+            self._clients = None
         try:
             return call()
         except (BaseError, OSError, ValueError) as error:

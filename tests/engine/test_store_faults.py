@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import pytest
 from fault_proxy import Fault, FaultProxy, Request, fault_proxy
-from object_stores import QUICK, Server, s3_server
+from object_stores import PATIENT, QUICK, Server, s3_server
 
 from athena_backup.backup import Expected, close_set, put_component
 from athena_backup.errors import (
@@ -135,6 +135,17 @@ class TestPassing:
         stalled = proxy.inject(Fault(on=lambda request: request.method == "GET", silent_seconds=3))
         assert b"".join(store.read("app/part")) == BIG
         assert (cut.hits, stalled.hits) == (3, 1)
+
+    def test_a_read_that_stalls_is_begun_anew_long_before_its_time_is_over(
+        self, object_server: Server, proxy: FaultProxy
+    ) -> None:
+        object_server.open().write("app/part", chunks(BIG))
+        store = object_server.open(replace(PATIENT, stall_seconds=1), through=proxy)
+        stalled = proxy.inject(Fault(on=lambda request: request.method == "GET", silent_seconds=30))
+        began = time.monotonic()
+        assert b"".join(store.read("app/part")) == BIG
+        assert stalled.hits == 1
+        assert time.monotonic() - began < 15
 
     @pytest.mark.parametrize("object_server", ["s3"], indirect=True)
     def test_a_slow_and_distant_line(self, object_server: Server, proxy: FaultProxy) -> None:
