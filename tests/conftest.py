@@ -1,5 +1,7 @@
 """What the tests stand up: a PostgreSQL server, a store in a directory, a service. Each is stopped when its users are done."""
 
+import contextlib
+import functools
 import json
 import re
 import sys
@@ -11,10 +13,14 @@ import pytest
 
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database, quoted, run_sql, session
+from athena_backup.store import Store
 from athena_backup.store.local import LocalStore, initialize
+from deployments.embedded_stores import EmbeddedAzure, EmbeddedS3, embedded_azure, embedded_s3
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fault_proxy import FaultProxy, fault_proxy
+from object_stores import OBJECT_STORES, PATIENT, Server, azure_server, gcs_server, moto_s3, moto_server, s3_server
 from service import Service
 
 
@@ -36,6 +42,73 @@ def local_store(tmp_path: Path) -> LocalStore:
     root.mkdir()
     initialize(root)
     return LocalStore(str(root))
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
+    """A SeaweedFS for the whole session."""
+    with embedded_s3(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedAzure]:
+    """An Azurite for the whole session."""
+    with embedded_azure(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The address of moto's server, for the whole session."""
+    with moto_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def _servers(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Server]]:
+    """Each of the `OBJECT_STORES` by its name, started at first use."""
+    with contextlib.ExitStack() as stack:
+        makers: dict[str, Callable[[], Server]] = {
+            "s3": lambda: s3_server(request.getfixturevalue("seaweed")),
+            "moto": lambda: moto_s3(request.getfixturevalue("moto")),
+            "azure": lambda: azure_server(request.getfixturevalue("azurite")),
+            "gcs": lambda: stack.enter_context(gcs_server(request.getfixturevalue("moto"))),
+        }
+        yield functools.cache(lambda kind: makers[kind]())
+
+
+@pytest.fixture
+def open_server(_servers: Callable[[str], Server]) -> Callable[[str], Server]:
+    """One of the `OBJECT_STORES` by its name, emptied for this test."""
+
+    def opened(kind: str) -> Server:
+        server = _servers(kind)
+        server.clean()
+        return server
+
+    return opened
+
+
+@pytest.fixture(params=OBJECT_STORES)
+def object_server(request: pytest.FixtureRequest, open_server: Callable[[str], Server]) -> Server:
+    """Each of the object stores in turn, empty."""
+    return open_server(request.param)
+
+
+@pytest.fixture(params=["local", *OBJECT_STORES])
+def store(request: pytest.FixtureRequest, open_server: Callable[[str], Server]) -> Store:
+    """Each kind of store in turn, empty."""
+    return (
+        request.getfixturevalue("local_store") if request.param == "local" else open_server(request.param).open(PATIENT)
+    )
+
+
+@pytest.fixture
+def proxy(object_server: Server) -> Iterator[FaultProxy]:
+    """A proxy before the object store, which breaks nothing until it is told to."""
+    with fault_proxy(object_server.address) as running:
+        yield running
 
 
 @pytest.fixture

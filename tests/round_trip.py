@@ -19,24 +19,24 @@ from athena_backup.postgres.staging import (
     discard_staging,
     stage_database,
 )
-from athena_backup.store.local import LocalStore
+from athena_backup.store import Store
 
 SET = SetId("app", Timestamp.of(datetime.now(UTC)))
 RESTORE = "0123456789ab"
 Make = Callable[..., Database]
 
 
-def dump(database: Database, store: LocalStore) -> Component:
+def dump(database: Database, store: Store) -> Component:
     with hold_cut([database], Operation()) as cut:
         return write_database(database, cut, store, SET, "run", Operation(), client_directories=[binaries()])
 
 
-def stage(component: Component, target: Database, store: LocalStore) -> StagedDatabase:
+def stage(component: Component, target: Database, store: Store) -> StagedDatabase:
     assert preflight_database(component, target, RESTORE, [binaries()]) == []
     return stage_database(component, target, store, RESTORE, Operation(), client_directories=[binaries()])
 
 
-def restore(component: Component, target: Database, store: LocalStore) -> None:
+def restore(component: Component, target: Database, store: Store) -> None:
     staged = stage(component, target, store)
     switch_database(target, staged.oid, RESTORE, "app", Operation())
     discard_staging(target, RESTORE)

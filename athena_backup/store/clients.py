@@ -7,11 +7,8 @@ here. Given keys are used as they are; without keys the platform's own identity 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +19,8 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from athena_backup.errors import FinalError
 from athena_backup.store import StoreLocation
-from athena_backup.store.credentials import aws_identity, azure_identity, google_identity
-from athena_backup.store.objects import ObjectStore
+from athena_backup.store.credentials import aws_identity, azure_identity, bare_environment, google_identity
+from athena_backup.store.objects import PAUSE_SECONDS, ObjectStore
 from athena_backup.store.sweep import S3Access, abort_uploads
 
 if TYPE_CHECKING:
@@ -31,15 +28,12 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 300
 """For one request, its body included: 8 MiB pass at 28 KB/s."""
+STALL_SECONDS = 60
+"""Without a byte of an answer: then a read is begun anew. Not for uploads: the client counts the time that the request's own
+body takes too, and a slow line would never pass one (tried)."""
 CONNECT_TIMEOUT_SECONDS = 10
-_RETRIES: RetryConfig = {
-    "max_retries": 8,
-    # Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig).
-    "retry_timeout": timedelta(seconds=240),
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
-}
-_FOREIGN_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
-_environment_lock = threading.Lock()
+RETRY_SECONDS = 240
+"""Below five minutes: a request is repeated with the signature that it was given (obstore manual, RetryConfig)."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +48,41 @@ class Way:
     """Read every part again and hash it before it counts as written."""
     ca_bundle: Path | None = None
     """Certificates of an own authority, PEM; trusted besides the usual ones."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    stall_seconds: float = STALL_SECONDS
+    retry_seconds: float = RETRY_SECONDS
+    pause_seconds: float = PAUSE_SECONDS
 
-    def client_options(self) -> ClientConfig:
-        """The HTTP client's options; proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Raises `FinalError`."""
+    def client_options(self, *, to_read: bool) -> ClientConfig:
+        """The HTTP client's options, for reading objects or for all else. Raises `FinalError`.
+
+        Proxies come from HTTPS_PROXY, HTTP_PROXY and NO_PROXY.
+        """
         options: ClientConfig = {
             "allow_http": True,
-            "timeout": timedelta(seconds=TIMEOUT_SECONDS),
-            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_SECONDS),
+            "timeout": timedelta(seconds=self.timeout_seconds),
+            "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_SECONDS, self.timeout_seconds)),
         }
+        if to_read:
+            options["read_timeout"] = timedelta(seconds=self.stall_seconds)
         if self.ca_bundle is not None:
             try:
                 options["root_certificate"] = self.ca_bundle.read_bytes()
             except OSError as error:
                 raise FinalError(f"the CA bundle {self.ca_bundle} can't be read: {error.strerror}") from None
         return options
+
+    def retries(self) -> RetryConfig:
+        """How often the client repeats a request on its own."""
+        return {
+            "max_retries": 8,
+            "retry_timeout": timedelta(seconds=self.retry_seconds),
+            "backoff": {
+                "init_backoff": timedelta(seconds=self.pause_seconds / 2),
+                "max_backoff": timedelta(seconds=15),
+                "base": 2,
+            },
+        }
 
     def proof(self, url: str, *, digest: bool) -> str:
         """How bytes sent to ``url`` are known to be right; raises `FinalError` for http that nobody allowed."""
@@ -106,11 +121,12 @@ def open_s3(
     way = way or Way()
     _check_address("S3", endpoint, bucket)
     proof = way.proof(endpoint, digest=True)
-    identity = aws_identity() if keys is None else _given(keys)
-    # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint).
-    address = endpoint.rstrip("/") if path_style else _with_bucket(endpoint, bucket)
+    # Of a virtual-hosted address the client wants the bucket's own host (obstore manual, S3Config, endpoint), boto3 the
+    # service's; people give either.
+    service = endpoint.rstrip("/") if path_style else endpoint.rstrip("/").replace(f"://{bucket}.", "://", 1)
+    address = service if path_style else service.replace("://", f"://{bucket}.", 1)
 
-    def connect() -> S3Store:
+    def client(identity: Callable[[], Any], *, to_read: bool) -> S3Store:
         with bare_environment():
             return S3Store(
                 bucket,
@@ -122,14 +138,24 @@ def open_s3(
                 conditional_put="etag",
                 disable_tagging=True,
                 credential_provider=identity,
-                client_options=way.client_options(),
-                retry_config=_RETRIES,
+                client_options=way.client_options(to_read=to_read),
+                retry_config=way.retries(),
             )
 
-    access = S3Access(bucket, endpoint, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
+    def connect() -> tuple[S3Store, S3Store]:
+        # Anew: a client whose credentials were refused must not get the same ones again.
+        identity = aws_identity() if keys is None else _given(keys)
+        return client(identity, to_read=False), client(identity, to_read=True)
+
+    access = S3Access(bucket, service, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
     location = StoreLocation("s3", bucket, region)
     return ObjectStore(
-        location, connect, streams=way.streams, proof=proof, abandon=lambda prefix: abort_uploads(access, prefix)
+        location,
+        connect,
+        streams=way.streams,
+        pause_seconds=way.pause_seconds,
+        proof=proof,
+        abandon=lambda prefix: abort_uploads(access, prefix),
     )
 
 
@@ -141,23 +167,25 @@ def open_azure(
     _check_address("Azure", service_url, container)
     _check_account_key(key)
     proof = way.proof(service_url, digest=False)
-    identity = None if key is not None else azure_identity()
 
-    def connect() -> AzureStore:
-        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": identity}
+    def client(who: dict[str, Any], *, to_read: bool) -> AzureStore:
         with bare_environment():
             return AzureStore(
                 container,
                 account_name=account,
                 endpoint=service_url.rstrip("/"),
                 disable_tagging=True,
-                client_options=way.client_options(),
-                retry_config=_RETRIES,
+                client_options=way.client_options(to_read=to_read),
+                retry_config=way.retries(),
                 **who,
             )
 
+    def connect() -> tuple[AzureStore, AzureStore]:
+        who: dict[str, Any] = {"account_key": key} if key is not None else {"credential_provider": azure_identity()}
+        return client(who, to_read=False), client(who, to_read=True)
+
     location = StoreLocation("azure-blob-storage", f"{service_url.rstrip('/')}/{container}/")
-    return ObjectStore(location, connect, streams=way.streams, proof=proof)
+    return ObjectStore(location, connect, streams=way.streams, pause_seconds=way.pause_seconds, proof=proof)
 
 
 def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None = None) -> ObjectStore:
@@ -166,34 +194,28 @@ def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None
     address = _google_url(service_account)
     _check_address("Google", address, bucket)
     proof = way.proof(address, digest=False)
-    identity = None if service_account is not None else google_identity()
 
-    def connect() -> GCSStore:
+    def client(who: dict[str, Any], *, to_read: bool) -> GCSStore:
+        with bare_environment():
+            return GCSStore(
+                bucket, client_options=way.client_options(to_read=to_read), retry_config=way.retries(), **who
+            )
+
+    def connect() -> tuple[GCSStore, GCSStore]:
         who: dict[str, Any] = (
             {"service_account_key": service_account}
             if service_account is not None
-            else {"credential_provider": identity}
+            else {"credential_provider": google_identity()}
         )
-        with bare_environment():
-            return GCSStore(bucket, client_options=way.client_options(), retry_config=_RETRIES, **who)
+        return client(who, to_read=False), client(who, to_read=True)
 
-    return ObjectStore(StoreLocation("gcp-cloud-storage", bucket), connect, streams=way.streams, proof=proof)
-
-
-@contextlib.contextmanager
-def bare_environment() -> Iterator[None]:
-    """While the block lasts, this process's environment holds nothing that a client would take for one of its settings.
-
-    Every client reads it at its making, explicit options or not: a foreign AWS_SESSION_TOKEN went with every request (tried).
-    """
-    with _environment_lock:
-        foreign = {name: value for name, value in os.environ.items() if name.upper().startswith(_FOREIGN_PREFIXES)}
-        for name in foreign:
-            del os.environ[name]
-        try:
-            yield
-        finally:
-            os.environ.update(foreign)
+    return ObjectStore(
+        StoreLocation("gcp-cloud-storage", bucket),
+        connect,
+        streams=way.streams,
+        pause_seconds=way.pause_seconds,
+        proof=proof,
+    )
 
 
 def _given(keys: Keys) -> Callable[[], Any]:
@@ -203,13 +225,6 @@ def _given(keys: Keys) -> Callable[[], Any]:
         "token": None,
         "expires_at": None,
     }
-
-
-def _with_bucket(endpoint: str, bucket: str) -> str:
-    parts = urlsplit(endpoint)
-    if parts.hostname is not None and parts.hostname.startswith(f"{bucket}."):
-        return endpoint.rstrip("/")
-    return f"{parts.scheme}://{bucket}.{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def _check_address(service: str, url: str, bucket: str) -> None:

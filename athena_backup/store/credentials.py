@@ -1,10 +1,13 @@
 """The platform's own identity where no keys are given: AWS, Azure, Google ("stores", section 6).
 
-Each function returns what the object store's client calls whenever its credentials are about to expire; the platform's own
-libraries find and renew them. The tokens that they return are never kept longer than `RENEW_SECONDS` without a new look.
+Given keys are used with nothing of the environment beside them (`bare_environment`). Each other function returns what the
+object store's client calls whenever its credentials are about to expire; the platform's own libraries find and renew them.
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,11 +16,38 @@ import botocore.session
 
 from athena_backup.errors import DeniedError
 
-RENEW_AHEAD = timedelta(minutes=10)
+_AHEAD = timedelta(minutes=5)
+"""The client asks for new credentials five minutes before it is told that they expire; ten are wanted."""
 _LOOK_AGAIN = timedelta(minutes=15)
 """Expiry told to the client where the platform's library renews by itself: it asks again well before this."""
 
+_FOREIGN_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
+_environment_lock = threading.Lock()
+
 Identity = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def bare_environment() -> Iterator[None]:
+    """While the block lasts, this process's environment holds nothing that a client would take for one of its settings.
+
+    Every client reads it at its making, explicit options or not: a foreign AWS_SESSION_TOKEN went with every request (tried).
+    """
+    with _environment_lock:
+        foreign = {name: value for name, value in os.environ.items() if name.upper().startswith(_FOREIGN_PREFIXES)}
+        for name in foreign:
+            del os.environ[name]
+        try:
+            yield
+        finally:
+            os.environ.update(foreign)
+
+
+@contextlib.contextmanager
+def _whole_environment() -> Iterator[None]:
+    """While the block lasts, no other thread has the environment bare."""
+    with _environment_lock:
+        yield
 
 
 def aws_identity() -> Identity:
@@ -28,7 +58,8 @@ def aws_identity() -> Identity:
         nonlocal found
         try:
             if found is None:
-                found = botocore.session.get_session().get_credentials()
+                with _whole_environment():
+                    found = botocore.session.get_session().get_credentials()
             if found is None:
                 raise DeniedError(
                     "no AWS credentials were found in environment, files, web identity or instance role",
@@ -37,11 +68,13 @@ def aws_identity() -> Identity:
             frozen = found.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
             raise DeniedError(f"AWS gives no credentials: {error}", next_step="check the pod's role") from None
+        # botocore tells the expiry to nobody; without it credentials of a minute would be used for ten.
+        expiry = getattr(found, "_expiry_time", None) or datetime.now(UTC) + _LOOK_AGAIN
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _LOOK_AGAIN if frozen.token else None,
+            "expires_at": min(expiry.astimezone(UTC), datetime.now(UTC) + _LOOK_AGAIN) if frozen.token else None,
         }
 
     return identity
@@ -52,7 +85,8 @@ def azure_identity() -> Identity:
     from azure.core.exceptions import AzureError
     from azure.identity import DefaultAzureCredential
 
-    credential = DefaultAzureCredential(exclude_interactive_browser_credential=True)
+    with _whole_environment():
+        credential = DefaultAzureCredential(exclude_interactive_browser_credential=True)
 
     def identity() -> dict[str, Any]:
         try:
@@ -62,7 +96,7 @@ def azure_identity() -> Identity:
                 f"Azure gives no token: {str(error).splitlines()[0]}",
                 next_step="assign a managed identity to the pod, or set AZURE_STORAGE_ACCESS_KEY",
             ) from None
-        return {"token": token.token, "expires_at": datetime.fromtimestamp(token.expires_on, UTC)}
+        return {"token": token.token, "expires_at": datetime.fromtimestamp(token.expires_on, UTC) - _AHEAD}
 
     return identity
 
@@ -79,13 +113,14 @@ def google_identity() -> Identity:
         nonlocal found
         try:
             if found is None:
-                found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
+                with _whole_environment():
+                    found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
             found.refresh(Request())
         except google.auth.exceptions.GoogleAuthError as error:
             raise DeniedError(
                 f"Google gives no token: {error}",
                 next_step="bind a service account to the pod, or set GCP_SERVICE_ACCOUNT",
             ) from None
-        return {"token": found.token, "expires_at": found.expiry.replace(tzinfo=UTC)}
+        return {"token": found.token, "expires_at": found.expiry.replace(tzinfo=UTC) - _AHEAD}
 
     return identity

@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,6 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import ObjectStore as Client
 
@@ -44,6 +40,7 @@ from athena_backup.store import (
     check_key,
     check_prefix,
 )
+from athena_backup.store.refusals import ChangedError, cause_of, is_denied, is_past_the_end, is_timeout, told
 
 if TYPE_CHECKING:
     from obstore import GetOptions, PutMode
@@ -54,10 +51,10 @@ BUFFER_BUDGET_BYTES = 128 << 20
 """What all streams of one process together may hold in upload parts and ranges ("stores", section 4)."""
 _PARALLEL_LIMIT = 8
 _TRIES = 4
-_PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 0.5
+"""Before the second try of a call; twice as long before each further one."""
 _DELETE_BATCH = 500
 _WAITING_SECONDS = 0.5
-_CAUSE_LIMIT = 300
 
 _Result = TypeVar("_Result")
 logger = logging.getLogger("athena_backup.store")
@@ -69,13 +66,15 @@ class ObjectStore:
     def __init__(
         self,
         location: StoreLocation,
-        connect: Callable[[], Client],
+        connect: Callable[[], tuple[Client, Client]],
         *,
         streams: int = 2,
+        pause_seconds: float = PAUSE_SECONDS,
         proof: str = "digest",
         abandon: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """``connect`` makes a client with fresh credentials; it is called at first use and when credentials are refused.
+        """``connect`` makes a client, and one for reading, whose stalls are noticed sooner, with fresh credentials; it is
+        called at first use and when credentials are refused.
 
         ``streams``: how many objects are written or read at once, among which `BUFFER_BUDGET_BYTES` are divided. ``proof``:
         how written bytes are known to be right, see `Store.proof`. ``abandon`` aborts the uploads that killed writers left
@@ -83,8 +82,9 @@ class ObjectStore:
         """
         self._location = location
         self._connect = connect
-        self._client: Client | None = None
+        self._clients: tuple[Client, Client] | None = None
         self._proof = proof
+        self._pause_seconds = pause_seconds
         self._abandon = abandon
         buffers = BUFFER_BUDGET_BYTES // UPLOAD_PART_BYTES // max(1, streams)
         # One buffer of each stream is the one that is being filled.
@@ -157,18 +157,20 @@ class ObjectStore:
             while ahead.pending:
                 yield from ahead.waiting()
                 piece = memoryview(ahead.take())
-                following = next(ranges, None)
-                if following is not None:
-                    ahead.submit(functools.partial(self._range, key, tag, *following))
+                if self._parallel > 1:
+                    self._read_on(ahead, key, tag, ranges)
                 for offset in range(0, len(piece), CHUNK_SIZE_BYTES):
                     yield bytes(piece[offset : offset + CHUNK_SIZE_BYTES])
+                piece.release()
+                if self._parallel == 1:
+                    self._read_on(ahead, key, tag, ranges)
 
     def _beginning(self, key: str, start: int, end: int) -> bytes:
         """A range of an object whose size nobody has asked for: cut off, or empty, where the object ends."""
         try:
-            found = obstore.get(self._connected(), key, options={"range": (start, end)})
+            found = obstore.get(self._connected(to_read=True), key, options={"range": (start, end)})
         except BaseError as error:
-            if _PAST_THE_END.search(str(error)):
+            if is_past_the_end(error):
                 return b""
             raise
         content = bytes(found.bytes())
@@ -177,16 +179,21 @@ class ObjectStore:
             raise UnavailableError(f"{key}: the store sent {len(content)} of {wanted} bytes")
         return content
 
-    def _range(self, key: str, tag: str | None, start: int, end: int) -> bytes:
-        def get() -> bytes:
+    def _read_on(self, ahead: "_Ahead", key: str, tag: str | None, ranges: Iterator[tuple[int, int]]) -> None:
+        following = next(ranges, None)
+        if following is not None:
+            ahead.submit(functools.partial(self._range, key, tag, *following))
+
+    def _range(self, key: str, tag: str | None, start: int, end: int) -> obstore.Bytes:
+        def get() -> obstore.Bytes:
             options: GetOptions = {"range": (start, end)}
             if tag:
                 options["if_match"] = tag
-            return bytes(obstore.get(self._connected(), key, options=options).bytes())
+            return obstore.get(self._connected(to_read=True), key, options=options).bytes()
 
         try:
             content = self._patiently(key, get)
-        except _ChangedError:
+        except ChangedError:
             raise DamagedError(
                 f"{key} was replaced while it was read", next_step="who writes into the store?"
             ) from None
@@ -200,20 +207,49 @@ class ObjectStore:
         if self.head(key) is not None:
             raise FinalError(f"{key} exists already in {self._location.place}, and nothing is written twice")
         feed = _Feed(chunks)
-        first = feed.first(UPLOAD_PART_BYTES)
         try:
-            if feed.ended:
-                obstore.put(self._connected(), key, first, mode="create", use_multipart=False)
-            else:
-                self._upload(key, itertools.chain([first], feed))
+            self._send(key, feed)
         except (BaseError, OSError, ValueError) as error:
-            if feed.failed or not feed.ended:
+            if feed.failure is not None:
+                raise feed.failure from (error if error is not feed.failure else None)
+            if not feed.ended:
                 raise self._told(key, error) from error
             self._settle(key, feed.size_bytes, error)
         entry = self.head(key)
         if entry is None:
             raise UnavailableError(f"{key} is not in {self._location.place}, although it was stored", step="storing")
         return entry
+
+    def _send(self, key: str, feed: "_Feed") -> None:
+        """Send all that the feed gives; credentials that are refused are renewed once ("stores", section 6)."""
+        held = [feed.first(UPLOAD_PART_BYTES)]
+        is_whole = feed.ended
+
+        def pieces() -> Iterator[bytes]:
+            yield held[0]
+            # From here on only the client has it: a buffer less for as long as the upload lasts.
+            held.clear()
+            yield from feed
+
+        def send() -> None:
+            if is_whole:
+                obstore.put(self._connected(), key, held[0], mode="create", use_multipart=False)
+            else:
+                self._upload(key, pieces())
+
+        try:
+            send()
+        except (BaseError, OSError) as error:
+            if not is_denied(error):
+                raise
+            self._clients = None
+            if not held:
+                # What was taken from the source is gone: only the component's next try, with its renewed credentials,
+                # can tell whether they had expired or were withdrawn.
+                raise UnavailableError(
+                    self._told(key, error).cause, next_step="the credentials are renewed for another try"
+                ) from error
+            send()
 
     def _upload(self, key: str, chunks: Iterable[bytes]) -> None:
         try:
@@ -226,23 +262,23 @@ class ObjectStore:
                 max_concurrency=self._parallel,
             )
         except BaseError as error:
-            if _TIMED_OUT.search(str(error)):
+            if is_timeout(error):
                 # Too many at once for this line: the next try of this and every other object goes one by one.
                 self._parallel = 1
             raise
 
     def _settle(self, key: str, size_bytes: int, error: Exception) -> None:
         """Look whether an object stands although its last call failed ("stores", section 2); raises what is to be told."""
-        told = self._told(key, error)
-        if isinstance(told, DeniedError):
-            raise told from error
+        problem = self._told(key, error)
+        if isinstance(problem, DeniedError):
+            raise problem from error
         try:
             entry = self.head(key)
         except AthenaError:
-            raise told from error
+            raise problem from error
         if entry is None or entry.size_bytes != size_bytes:
-            raise told from error
-        raise UnsettledError(f"it is unknown whether {key} was written whole: {told.cause}", entry=entry) from error
+            raise problem from error
+        raise UnsettledError(f"it is unknown whether {key} was written whole: {problem.cause}", entry=entry) from error
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """See `Store.put`."""
@@ -286,19 +322,27 @@ class ObjectStore:
             logger.warning("%s", error)
             return 0
 
-    def _connected(self) -> Client:
-        if self._client is None:
-            self._client = self._connect()
-        return self._client
+    def _connected(self, *, to_read: bool = False) -> Client:
+        clients = self._clients
+        if clients is None:
+            try:
+                clients = self._clients = self._connect()
+            except (BaseError, ValueError) as error:
+                # Nothing was asked of the store yet: what can't be read is a key, an address, a certificate.
+                raise FinalError(
+                    f"{self._location.type} store {self._location.place}: {cause_of(error)}",
+                    next_step="correct the store's settings",
+                ) from None
+        return clients[1] if to_read else clients[0]
 
     def _once(self, key: str, call: Callable[[], _Result]) -> _Result:
         """One call, with errors told; credentials that are refused are renewed once ("stores", section 6)."""
         try:
             return call()
-        except (PermissionDeniedError, UnauthenticatedError):
-            self._client = None
         except (BaseError, OSError, ValueError) as error:
-            raise self._told(key, error) from error
+            if not is_denied(error):
+                raise self._told(key, error) from error
+            self._clients = None
         try:
             return call()
         except (BaseError, OSError, ValueError) as error:
@@ -312,54 +356,11 @@ class ObjectStore:
             except UnavailableError:
                 if attempt == _TRIES:
                     raise
-            time.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            time.sleep(self._pause_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         raise AssertionError("the loop above returns or raises")
 
     def _told(self, key: str, error: Exception) -> AthenaError:
-        """What the client says, in an operator's words; the client's types say less than its text."""
-        text = str(error)
-        what = f"{self._location.type} store {self._location.place}: {key or 'listing'}: {_cause(text)}"
-        if isinstance(error, AthenaError):
-            return error
-        if isinstance(error, PreconditionError):
-            return _ChangedError(what)
-        if _NO_BUCKET.search(text):
-            return FinalError(
-                f"there is no bucket or container {self._location.place}",
-                next_step="create it, or correct its name; this service never makes one",
-                step="storing",
-            )
-        if _SKEWED.search(text):
-            return DeniedError(what, next_step="the clocks of this machine and the store differ: set this one's")
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(text):
-            return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
-        if isinstance(error, FileNotFoundError):
-            return AbsentError(what)
-        if isinstance(error, AlreadyExistsError):
-            return FinalError(what)
-        if isinstance(error, ValueError) or _MISCONFIGURED.search(text):
-            return FinalError(what, next_step="check the store's settings")
-        return UnavailableError(what, next_step="check the store's address and the way to it, then try again")
-
-
-class _ChangedError(FinalError):
-    """The object is not the one that was looked at."""
-
-
-_DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken|code: AccessDenied")
-_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
-_SKEWED = re.compile(r"RequestTimeTooSkewed")
-_MISCONFIGURED = re.compile(r"Invalid Access Key|Unable to decode service account")
-_PAST_THE_END = re.compile(r"416 Range Not Satisfiable|status code: 416\b|InvalidRange")
-_TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
-
-
-def _cause(text: str) -> str:
-    """The first sentence of what the client says, with the answer's own code where there is one."""
-    code = re.search(r"<Code>(\w+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
-    line = text.partition("\n\nDebug source")[0].partition("<?xml")[0].partition("\n")[0].rstrip(": ")
-    said = f" ({code.group(1)}: {code.group(2).strip()})" if code and code.group(2) else ""
-    return line[:_CAUSE_LIMIT] + said[:_CAUSE_LIMIT]
+        return told(self._location, key, error)
 
 
 class _Feed:
@@ -369,16 +370,16 @@ class _Feed:
         self._chunks = iter(chunks)
         self.size_bytes = 0
         self.ended = False
-        self.failed = False
+        self.failure: BaseException | None = None
 
     def first(self, size_bytes: int) -> bytes:
         """The first chunks joined, at least ``size_bytes`` of them or all."""
-        gathered = bytearray()
+        gathered: list[bytes] = []
         for chunk in self:
-            gathered += chunk
-            if len(gathered) >= size_bytes:
+            gathered.append(chunk)
+            if self.size_bytes >= size_bytes:
                 break
-        return bytes(gathered)
+        return b"".join(gathered)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -389,8 +390,8 @@ class _Feed:
         except StopIteration:
             self.ended = True
             raise
-        except BaseException:
-            self.failed = True
+        except BaseException as error:
+            self.failure = error
             raise
         self.size_bytes += len(chunk)
         return chunk
@@ -401,13 +402,13 @@ class _Ahead:
 
     def __init__(self, parallel: int) -> None:
         self._pool = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="range")
-        self._futures: list[Future[bytes]] = []
+        self._futures: list[Future[obstore.Bytes]] = []
 
     @property
     def pending(self) -> bool:
         return bool(self._futures)
 
-    def submit(self, fetch: Callable[[], bytes]) -> None:
+    def submit(self, fetch: Callable[[], obstore.Bytes]) -> None:
         self._futures.append(self._pool.submit(fetch))
 
     def waiting(self) -> Iterator[bytes]:
@@ -420,7 +421,7 @@ class _Ahead:
             else:
                 return
 
-    def take(self) -> bytes:
+    def take(self) -> obstore.Bytes:
         return self._futures.pop(0).result()
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ after a week; for Google a lifecycle rule does it.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import botocore.exceptions
 from botocore.config import Config
 
 from athena_backup.errors import DeniedError, UnavailableError
+from athena_backup.store.credentials import bare_environment
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -37,27 +37,24 @@ class S3Access:
     ca_bundle: Path | None = None
 
     def client(self) -> S3Client:
-        """A client of its own, made from these values alone where keys are given. Raises boto's errors."""
-        from athena_backup.store.clients import bare_environment
+        """A client of its own, made from these values alone where keys are given."""
+        if self.keys is None:
+            return self._made(boto3.Session(region_name=self.region))
+        with bare_environment():
+            return self._made(boto3.Session(self.keys.access_key, self.keys.secret_key, region_name=self.region))
 
-        # An AWS_PROFILE that does not exist would be an error even beside keys (tried).
-        with bare_environment() if self.keys else contextlib.nullcontext():
-            session = boto3.Session(
-                aws_access_key_id=self.keys.access_key if self.keys else None,
-                aws_secret_access_key=self.keys.secret_key if self.keys else None,
-                region_name=self.region,
-            )
-            return session.client(
-                "s3",
-                endpoint_url=self.endpoint,
-                verify=str(self.ca_bundle) if self.ca_bundle else None,
-                config=Config(
-                    s3={"addressing_style": "path" if self.path_style else "virtual"},
-                    retries={"max_attempts": 5, "mode": "standard"},
-                    connect_timeout=10,
-                    read_timeout=60,
-                ),
-            )
+    def _made(self, session: boto3.Session) -> S3Client:
+        return session.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            verify=str(self.ca_bundle) if self.ca_bundle else None,
+            config=Config(
+                s3={"addressing_style": "path" if self.path_style else "virtual"},
+                retries={"max_attempts": 5, "mode": "standard"},
+                connect_timeout=10,
+                read_timeout=60,
+            ),
+        )
 
 
 def list_uploads(access: S3Access, prefix: str) -> list[tuple[str, str]]:

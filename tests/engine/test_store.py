@@ -1,21 +1,18 @@
-"""What every store promises. One suite, run over each kind; today there is one."""
+"""What every store promises: one suite, run over each kind on a real server. What only a directory can get wrong follows."""
 
 import errno
 import os
+import random
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError, UnavailableError
-from athena_backup.store import Store, read_document
+from athena_backup.store import CHUNK_SIZE_BYTES, Store, read_document
 from athena_backup.store.local import MARKER, LocalStore, initialize, open_local, store_id
-
-
-@pytest.fixture(params=["local"])
-def store(request: pytest.FixtureRequest, local_store: LocalStore) -> Store:
-    return {"local": local_store}[request.param]
 
 
 def test_what_is_written_is_read_whole_and_in_ranges(store: Store) -> None:
@@ -25,6 +22,47 @@ def test_what_is_written_is_read_whole_and_in_ranges(store: Store) -> None:
     assert b"".join(store.read("app/set/part")) == data
     assert b"".join(store.read("app/set/part", 10, 1_500_000)) == data[10:1_500_000]
     assert b"".join(store.read("app/set/part", 2_999_999)) == data[-1:]
+
+
+def test_an_object_of_several_upload_parts_comes_back_and_from_the_middle_of_one_into_the_next(store: Store) -> None:
+    data = random.Random(1).randbytes(20_000_000)
+    entry = store.write("app/set/part", (data[start : start + 700_001] for start in range(0, len(data), 700_001)))
+    assert entry.size_bytes == len(data)
+    assert b"".join(store.read("app/set/part")) == data
+    assert b"".join(store.read("app/set/part", 8_000_000, 17_000_001)) == data[8_000_000:17_000_001]
+    assert b"".join(store.read("app/set/part", len(data))) == b""
+    assert max(len(chunk) for chunk in store.read("app/set/part")) <= CHUNK_SIZE_BYTES
+
+
+def test_an_object_without_a_byte_is_one(store: Store) -> None:
+    assert store.write("app/set/empty", []).size_bytes == 0
+    assert list(store.read("app/set/empty")) == []
+    assert [entry.size_bytes for entry in store.entries("app/")] == [0]
+
+
+def test_of_many_creates_at_once_one_wins(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: store.put("app/manifest.json", b"%d" % number, if_absent=True), range(8)))
+    assert won.count(True) == 1
+    assert read_document(store, "app/manifest.json") == b"%d" % won.index(True)
+
+
+def test_names_of_every_kind_are_kept(store: Store) -> None:
+    keys = sorted(["app/with space", "app/100%", "app/a+b", "app/ümläut-名", "app/a=b&c?d#e", "app/~tilde"])
+    for key in keys:
+        store.put(key, key.encode())
+    assert [entry.key for entry in store.entries("app/")] == keys
+    assert [read_document(store, key).decode() for key in keys] == keys
+    store.delete(keys)
+    assert list(store.entries("")) == []
+
+
+def test_more_objects_than_one_page_of_a_listing(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: store.put(f"app/{number:04}", b""), range(1_050)))
+    assert [entry.key for entry in store.entries("app/")] == [f"app/{number:04}" for number in range(1_050)]
+    store.delete(f"app/{number:04}" for number in range(1_050))
+    assert list(store.entries("app/")) == []
 
 
 def test_a_write_that_breaks_off_leaves_nothing_to_see(store: Store) -> None:

@@ -1,0 +1,91 @@
+"""What a client's error means: the client's types say less than its text, and only here is that text looked into.
+
+`objects` decides what is tried again; the errors that are born here say what an operator has to do.
+"""
+
+import re
+
+from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+
+from athena_backup.errors import AbsentError, AthenaError, DeniedError, FinalError, FullError, UnavailableError
+from athena_backup.store import StoreLocation
+
+_CAUSE_LIMIT = 300
+_DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken|code: AccessDenied")
+# S3 answers 400 to a token that expired, and to a look without saying why.
+_EXPIRED = re.compile(r"performing HEAD .*status code: 400\b")
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
+_UNTRUSTED = re.compile(r"invalid peer certificate|certificate verify failed|UnknownIssuer")
+_NO_IDENTITY = re.compile(r"credential provider: DeniedError: ([^\n]+)")
+_FULL = re.compile(r"status code: 507\b|InsufficientStorage|QuotaExceeded|StorageFull")
+_SKEWED = re.compile(r"RequestTimeTooSkewed")
+_MISCONFIGURED = re.compile(r"Invalid Access Key|Unable to decode service account")
+_PAST_THE_END = re.compile(r"416 Range Not Satisfiable|status code: 416\b|InvalidRange")
+_TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
+
+
+class ChangedError(FinalError):
+    """The object is not the one that was looked at."""
+
+
+def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
+    """What the client says, in an operator's words; the client's types say less than its text."""
+    text = str(error)
+    what = f"{location.type} store {location.place}: {key or 'listing'}: {cause_of(error)}"
+    if isinstance(error, AthenaError):
+        return error
+    if isinstance(error, PreconditionError):
+        return ChangedError(what)
+    if _NO_BUCKET.search(text):
+        return FinalError(
+            f"there is no bucket or container {location.place}",
+            next_step="create it, or correct its name; this service never makes one",
+            step="storing",
+        )
+    if _SKEWED.search(text):
+        return DeniedError(what, next_step="the clocks of this machine and the store differ: set this one's")
+    found = _NO_IDENTITY.search(text)
+    if found is not None:
+        return DeniedError(found.group(1))
+    if is_denied(error):
+        return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
+    if _FULL.search(text):
+        return FullError(what, next_step="make room in the store, or raise its quota")
+    if _UNTRUSTED.search(text):
+        return FinalError(
+            f"{what}: its certificate is not trusted",
+            next_step="if the store has an own authority, name its bundle by ATHENA_CA_BUNDLE",
+        )
+    if isinstance(error, FileNotFoundError):
+        return AbsentError(what)
+    if isinstance(error, AlreadyExistsError):
+        return FinalError(what)
+    if isinstance(error, ValueError) or _MISCONFIGURED.search(text):
+        return FinalError(what, next_step="check the store's settings")
+    return UnavailableError(what, next_step="check the store's address and the way to it, then try again")
+
+
+def is_denied(error: Exception) -> bool:
+    """Whether credentials were refused, so that renewed ones may help."""
+    return isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(
+        pattern.search(str(error)) for pattern in (_DENIED, _EXPIRED)
+    )
+
+
+def cause_of(error: Exception) -> str:
+    """The first sentence of what the client says, with the answer's own code where there is one."""
+    text = str(error)
+    code = re.search(r"<Code>(\w+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
+    line = text.partition("\n\nDebug source")[0].partition("<?xml")[0].partition("\n")[0].rstrip(": ")
+    said = f" ({code.group(1)}: {code.group(2).strip()})" if code and code.group(2) else ""
+    return line[:_CAUSE_LIMIT] + said[:_CAUSE_LIMIT]
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether a request took longer than it was given."""
+    return _TIMED_OUT.search(str(error)) is not None
+
+
+def is_past_the_end(error: Exception) -> bool:
+    """Whether a range began where the object had ended."""
+    return _PAST_THE_END.search(str(error)) is not None

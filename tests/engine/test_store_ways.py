@@ -1,0 +1,242 @@
+"""How a store is reached: TLS with an own authority, proxies, addresses by path and by host; and what a killed writer leaves."""
+
+import datetime
+import ipaddress
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from fault_proxy import fault_proxy
+from object_stores import PATIENT, QUICK, Server, s3_server
+
+from athena_backup.errors import AthenaError, FinalError
+from athena_backup.store.clients import Way, open_azure, open_gcs, open_s3
+from athena_backup.store.objects import UPLOAD_PART_BYTES
+from athena_backup.store.sweep import list_uploads
+from deployments.embedded_stores import (
+    Certificate,
+    EmbeddedAzure,
+    EmbeddedS3,
+    embedded_azure,
+    embedded_s3,
+)
+
+BIG = random.Random(5).randbytes(UPLOAD_PART_BYTES + 1_000_000)
+
+
+@dataclass(frozen=True)
+class Authority:
+    """An authority of the tests, and a server's certificate by it for 127.0.0.1."""
+
+    bundle: Path
+    server: Certificate
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    folder = tmp_path_factory.mktemp("authority")
+    now = datetime.datetime.now(datetime.UTC)
+    root_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    root_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Authority of the tests")])
+
+    def builder(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(root_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(days=2))
+        )
+
+    root = (
+        builder(root_name, root_key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(root_key, hashes.SHA256())
+    )
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    server = (
+        builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "store")]), server_key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([address, x509.DNSName("localhost")]), critical=False)
+        .sign(root_key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "root.pem").write_bytes(root.public_bytes(pem))
+    # As a server sends it: its own certificate, then its authority's.
+    (folder / "server.pem").write_bytes(server.public_bytes(pem) + root.public_bytes(pem))
+    (folder / "server.key").write_bytes(
+        server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return Authority(folder / "root.pem", Certificate(folder / "server.pem", folder / "server.key"))
+
+
+@pytest.fixture(scope="module")
+def secure_s3(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
+    with embedded_s3(tmp_path_factory.mktemp("secure-s3"), authority.server) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def secure_azure(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedAzure]:
+    with embedded_azure(tmp_path_factory.mktemp("secure-azure"), authority.server) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+class TestOwnAuthority:
+    def test_s3(self, secure_s3: EmbeddedS3, authority: Authority) -> None:
+        way = Way(ca_bundle=authority.bundle)
+        store = open_s3(secure_s3.bucket, secure_s3.endpoint, secure_s3.region, secure_s3.keys, way=way)
+        store.write("app/part", [BIG])
+        assert b"".join(store.read("app/part")) == BIG
+        assert store.sweep("app/") == 0
+        assert store.proof == "digest"
+
+    def test_azure_over_tls_needs_no_leave_for_http(self, secure_azure: EmbeddedAzure, authority: Authority) -> None:
+        server, way = secure_azure, Way(ca_bundle=authority.bundle)
+        store = open_azure(server.account, server.service_url, server.container, server.key, way=way)
+        store.write("app/part", [BIG])
+        assert b"".join(store.read("app/part")) == BIG
+        assert store.proof == "tls+size"
+
+    def test_an_authority_that_nobody_named_is_not_trusted(self, secure_s3: EmbeddedS3) -> None:
+        quickly = replace(QUICK, retry_seconds=0.5)
+        store = open_s3(secure_s3.bucket, secure_s3.endpoint, secure_s3.region, secure_s3.keys, way=quickly)
+        with pytest.raises(FinalError, match=r"certificate.*own authority"):
+            store.head("app/part")
+
+    def test_a_bundle_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "bundle.pem").write_text("no certificate")
+        for path in (tmp_path / "bundle.pem", tmp_path / "missing.pem"):
+            with pytest.raises(FinalError):
+                open_s3("b", "https://127.0.0.1:9", "r", way=replace(QUICK, ca_bundle=path)).head("app/part")
+
+    def test_http_without_leave_is_refused_where_nothing_proves_the_bytes(self) -> None:
+        with pytest.raises(FinalError, match="ATHENA_STORE_ALLOW_HTTP"):
+            open_azure("account", "http://127.0.0.1:9/account", "container", "a2V5")
+        with pytest.raises(FinalError, match="ATHENA_STORE_ALLOW_HTTP"):
+            open_gcs("bucket", '{"gcs_base_url": "http://127.0.0.1:9"}')
+
+
+class TestProxies:
+    def test_https_goes_through_the_proxy_and_past_it_where_no_proxy_says_so(
+        self, secure_s3: EmbeddedS3, authority: Authority, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        way = Way(ca_bundle=authority.bundle)
+        with fault_proxy(secure_s3.endpoint) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+            open_s3(secure_s3.bucket, secure_s3.endpoint, secure_s3.region, secure_s3.keys, way=way).write("a/1", [BIG])
+            host = secure_s3.endpoint.removeprefix("https://")
+            assert {(request.method, request.target) for request in proxy.seen} == {("CONNECT", host)}
+            proxy.seen.clear()
+            monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+            open_s3(secure_s3.bucket, secure_s3.endpoint, secure_s3.region, secure_s3.keys, way=way).write("a/2", [BIG])
+            assert proxy.seen == []
+
+    def test_a_proxy_that_is_not_there_is_told(self, seaweed: EmbeddedS3, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        with pytest.raises(AthenaError, match="the way to it"):
+            s3_server(seaweed).open(replace(QUICK, retry_seconds=0.2)).head("app/part")
+
+
+class TestAddresses:
+    @pytest.mark.parametrize("is_told_with_bucket", [False, True])
+    def test_the_bucket_in_the_hosts_name(
+        self, seaweed: EmbeddedS3, monkeypatch: pytest.MonkeyPatch, is_told_with_bucket: bool
+    ) -> None:
+        """Not every resolver knows names below localhost: a proxy, which needs to know none, brings the requests there."""
+        s3_server(seaweed).clean()
+        port = seaweed.endpoint.rpartition(":")[2]
+        endpoint = f"http://{seaweed.bucket}.localhost:{port}" if is_told_with_bucket else f"http://localhost:{port}"
+        with fault_proxy(seaweed.endpoint) as proxy:
+            monkeypatch.setenv("HTTP_PROXY", proxy.url)
+            store = open_s3(seaweed.bucket, endpoint, seaweed.region, seaweed.keys, path_style=False, way=PATIENT)
+            store.write("app/part", [BIG])
+            assert b"".join(store.read("app/part")) == BIG
+            assert [entry.key for entry in store.entries("app/")] == ["app/part"]
+            assert store.sweep("app/") == 0
+            store.delete(["app/part"])
+            assert list(store.entries("")) == []
+        for request in proxy.seen:
+            assert request.headers["host"] == f"{seaweed.bucket}.localhost:{port}", request
+            assert not request.target.startswith(f"/{seaweed.bucket}"), request
+
+
+WRITER = """
+import json, sys, threading
+from athena_backup.store.clients import Keys, open_s3
+
+place = json.load(sys.stdin)
+store = open_s3(place["bucket"], place["endpoint"], place["region"], Keys(place["access"], place["secret"]))
+
+
+def chunks():
+    for number in range(40):
+        yield number.to_bytes(4) * (1 << 18)
+    print("sent", flush=True)
+    threading.Event().wait()
+
+
+store.write(place["key"], chunks())
+"""
+
+
+def killed_writer(seaweed: EmbeddedS3, key: str, until: Callable[[], bool]) -> None:
+    """A process that is killed in the middle of a multipart upload."""
+    place = {"bucket": seaweed.bucket, "endpoint": seaweed.endpoint, "region": seaweed.region, "key": key,
+             "access": seaweed.keys.access_key, "secret": seaweed.keys.secret_key}  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(place))
+    process.stdin.close()
+    assert process.stdout.readline() == "sent\n"
+    while not until():
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_what_a_killed_writer_left_is_invisible_and_swept_and_that_of_others_stays(seaweed: EmbeddedS3) -> None:
+    server: Server = s3_server(seaweed)
+    server.clean()
+    client, key = seaweed.access.client(), "app/2026-11-23t12-00-00/volumes/asp/0123456789ab/0000.tar.zst.0000"
+
+    def has_parts() -> bool:
+        for found, upload in list_uploads(seaweed.access, "app/"):
+            if found == key:
+                return bool(client.list_parts(Bucket=seaweed.bucket, Key=key, UploadId=upload).get("Parts"))
+        return False
+
+    other = client.create_multipart_upload(Bucket=seaweed.bucket, Key="other/set/part")["UploadId"]
+    alike = client.create_multipart_upload(Bucket=seaweed.bucket, Key="app2/set/part")["UploadId"]
+    killed_writer(seaweed, key, has_parts)
+
+    store = server.open()
+    assert list(store.entries("")) == []
+    assert store.head(key) is None
+    assert store.sweep("app/") == 1
+    assert sorted(list_uploads(seaweed.access, "")) == sorted([("app2/set/part", alike), ("other/set/part", other)])
+    assert store.sweep("app/") == 0
