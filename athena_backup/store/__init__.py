@@ -28,6 +28,8 @@ class StoreLocation:
     place: str
     region: str = ""
     """Of a bucket in S3; else empty."""
+    endpoint: str = ""
+    """The server of a bucket in S3, since two of them may each have one of that name and region; else empty."""
 
 
 @dataclass(frozen=True)

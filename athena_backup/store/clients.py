@@ -148,7 +148,7 @@ def open_s3(
         return client(identity, to_read=False), client(identity, to_read=True)
 
     access = S3Access(bucket, service, region, keys, path_style=path_style, ca_bundle=way.ca_bundle)
-    location = StoreLocation("s3", bucket, region)
+    location = StoreLocation("s3", bucket, region, service)
     return ObjectStore(
         location,
         connect,

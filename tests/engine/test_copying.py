@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from object_stores import MOTO_KEYS, moto_server
 
 from athena_backup.backup import Expected, close_set, put_component, put_failed_component
 from athena_backup.catalog import SetState, list_sets, whole_manifest
@@ -21,7 +22,7 @@ from athena_backup.store import Entry, Store, UnsettledError, read_document
 from athena_backup.store.clients import open_s3
 from athena_backup.store.local import LocalStore, initialize
 from athena_backup.store.objects import ObjectStore
-from deployments.embedded_stores import embedded_s3
+from deployments.embedded_stores import BUCKET, REGION, embedded_s3
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 PART_BYTES = 300_000
@@ -257,6 +258,16 @@ def test_another_set_of_the_same_name_in_the_target_is_left_as_it_is(
 def test_the_store_itself_is_no_place_for_a_copy(local_store: LocalStore, manifest: Manifest) -> None:
     with pytest.raises(FinalError, match="is the store that the set is in"):
         copy_set(local_store, LocalStore(local_store.location.place), manifest.set_id, Operation())
+
+
+def test_another_server_s_bucket_of_the_same_name_and_region_is_a_place_for_a_copy(
+    local_store: LocalStore, s3: ObjectStore, manifest: Manifest
+) -> None:
+    copy_set(local_store, s3, manifest.set_id, Operation())
+    with moto_server() as address:
+        second = open_s3(BUCKET, address, REGION, MOTO_KEYS)
+        copy_set(s3, second, manifest.set_id, Operation())
+        assert_restorable(second, manifest)
 
 
 def test_a_part_whose_last_answer_was_lost_counts_only_once_it_was_read_back(
