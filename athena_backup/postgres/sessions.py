@@ -161,9 +161,8 @@ def libpq_environment(url: URL) -> dict[str, str]:
         "PGCONNECT_TIMEOUT": str(CONNECT_SECONDS),
     }
     # What libpq takes from the environment for our own sessions, TLS above all, holds for the child too.
-    environment |= {
-        name: value for name, value in os.environ.items() if name.startswith("PGSSL") or name == "PGPASSFILE"
-    }
+    # Only these are looked up: while a store renews its client, other variables come and go (`bare_environment`).
+    environment |= {name: os.environ[name] for name in os.environ if name.startswith("PGSSL") or name == "PGPASSFILE"}
     for name, value in url.query.items():
         variable = _LIBPQ_VARIABLES.get(name)
         if variable:

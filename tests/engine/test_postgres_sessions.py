@@ -1,6 +1,7 @@
 """A database's URL means the same to our sessions and to pg_dump, and its password is seen nowhere."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from athena_backup.postgres.embedded import EmbeddedServer, binaries
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.sessions import Database, libpq_environment, parse_database_url
 from athena_backup.postgres.staging import stage_database
+from athena_backup.store.credentials import bare_environment
 from athena_backup.store.local import LocalStore
 
 SET = SetId.parse("app/2023-02-02t16-00-00", "app")
@@ -23,6 +25,29 @@ SET = SetId.parse("app/2023-02-02t16-00-00", "app")
 def test_every_part_of_a_url_may_be_percent_encoded() -> None:
     url = parse_database_url("asp", "postgresql://us%40er:p%3Aa%2Fs%25s@host:5433/my%20d%3Fb%25")
     assert (url.username, url.password, url.database) == ("us@er", "p:a/s%s", "my d?b%")
+
+
+def test_a_child_is_told_even_while_a_store_renews_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        monkeypatch.setenv(f"AWS_VARIABLE_{number}", "set")
+    monkeypatch.setenv("PGSSLROOTCERT", "/ca")
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.is_set():
+            with bare_environment():
+                pass
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        url = parse_database_url("asp", "postgresql://u:p@host/asp")
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            assert libpq_environment(url)["PGSSLROOTCERT"] == "/ca"
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_a_child_is_told_what_the_session_is_told() -> None:
