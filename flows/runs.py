@@ -338,7 +338,9 @@ def _bury(client: SyncPrefectClient, store: Store, run: OperationRun) -> None:
             store.sweep(run.set_id.prefix)
         except AthenaError:
             logger.warning(
-                "the set %s of a dead run could not be closed; trying again later", run.set_id, exc_info=True
+                "the set %s of a dead run could not be closed or swept: what is left of it stays until it is deleted",
+                run.set_id,
+                exc_info=True,
             )
     logger.warning("%s is dead: %s", run_name(run.kind, run.set_id), message)
     client.set_flow_run_state(run.id, Crashed(message=message), force=True)
