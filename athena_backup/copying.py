@@ -8,6 +8,7 @@ One part at a time: reading and writing share out the buffers of both stores, an
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from athena_backup.store import Store, UnsettledError, read_document
 
 _GLOBALS = "globals/"
 _STEP = "copying"
+logger = logging.getLogger("athena_backup.copying")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def _copy_set(source: Store, target: Store, set_id: SetId, operation: Operation)
     sent_bytes = 0
     for component in manifest.components:
         operation.expect(component.name, sum(part.size_bytes for part in component.parts))
+    _sweep_killed_copies(target, manifest)
     for component in manifest.components:
         for part in component.parts:
             operation.check()
@@ -127,6 +130,20 @@ def _refuse_another_set(target: Store, manifest: Manifest, document: bytes, docu
         if entry.key not in ours:
             what = "which failed" if entry.key == set_id.prefix + FAILURE else f"with {entry.key}"
             raise FinalError(f"{where}, {what}", next_step=advice)
+
+
+def _sweep_killed_copies(target: Store, manifest: Manifest) -> None:
+    """Remove what a copy of this set that was killed left invisible in the target; no copy depends on it.
+
+    In the folders of the set's own attempts alone: a service whose own store the target is may be writing a set of this
+    name at this moment.
+    """
+    for one in manifest.components:
+        try:
+            target.sweep(component_folder(manifest.set_id, one.kind, one.name, one.attempt))
+        except AthenaError as error:
+            logger.warning("what a killed copy may have left of %s was not looked for: %s", one.name, error)
+            return
 
 
 def _copy_part(source: Store, target: Store, component: str, part: Part, operation: Operation) -> int:

@@ -22,7 +22,8 @@ from athena_backup.store import Entry, Store, UnsettledError, read_document
 from athena_backup.store.clients import open_s3
 from athena_backup.store.local import LocalStore, initialize
 from athena_backup.store.objects import ObjectStore
-from deployments.embedded_stores import BUCKET, REGION, embedded_s3
+from athena_backup.store.sweep import list_uploads
+from deployments.embedded_stores import BUCKET, REGION, EmbeddedS3, embedded_s3
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 PART_BYTES = 300_000
@@ -30,9 +31,14 @@ CONTENT = {"gitserver": os.urandom(2_500_000), "edweb": b"small"}
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
     with embedded_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield open_s3(server.bucket, server.endpoint, server.region, server.keys)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3(s3_server: EmbeddedS3) -> ObjectStore:
+    return open_s3(s3_server.bucket, s3_server.endpoint, s3_server.region, s3_server.keys)
 
 
 @pytest.fixture
@@ -268,6 +274,21 @@ def test_another_server_s_bucket_of_the_same_name_and_region_is_a_place_for_a_co
         second = open_s3(BUCKET, address, REGION, MOTO_KEYS)
         copy_set(s3, second, manifest.set_id, Operation())
         assert_restorable(second, manifest)
+
+
+def test_what_a_killed_copy_was_sending_goes_with_the_next_one_and_nobody_else_s_upload_does(
+    local_store: LocalStore, s3_server: EmbeddedS3, manifest: Manifest
+) -> None:
+    target = open_s3(s3_server.bucket, s3_server.endpoint, s3_server.region, s3_server.keys)
+    ours = manifest.components[0].parts[0].key
+    prefix = manifest.set_id.prefix
+    theirs = [f"{prefix}volumes/gitserver/{new_attempt()}/0000.tar.zst.0000", f"other-{ours}"]
+    for key in (ours, *theirs):
+        s3_server.access.client().create_multipart_upload(Bucket=s3_server.bucket, Key=key)
+    copy_set(local_store, target, manifest.set_id, Operation())
+    left = [key for key, _ in list_uploads(s3_server.access, "")]
+    assert sorted(left) == sorted(theirs)
+    assert_restorable(target, manifest)
 
 
 def test_a_part_whose_last_answer_was_lost_counts_only_once_it_was_read_back(
