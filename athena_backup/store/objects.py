@@ -213,7 +213,7 @@ class ObjectStore:
             if feed.failure is not None:
                 raise feed.failure from (error if error is not feed.failure else None)
             if not feed.ended:
-                raise self._told(key, error) from error
+                raise self._unsent(key, error) from error
             self._settle(key, feed.size_bytes, error)
         entry = self.head(key)
         if entry is None:
@@ -269,7 +269,7 @@ class ObjectStore:
 
     def _settle(self, key: str, size_bytes: int, error: Exception) -> None:
         """Look whether an object stands although its last call failed ("stores", section 2); raises what is to be told."""
-        problem = self._told(key, error)
+        problem = self._unsent(key, error)
         if isinstance(problem, DeniedError):
             raise problem from error
         try:
@@ -279,6 +279,13 @@ class ObjectStore:
         if entry is None or entry.size_bytes != size_bytes:
             raise problem from error
         raise UnsettledError(f"it is unknown whether {key} was written whole: {problem.cause}", entry=entry) from error
+
+    def _unsent(self, key: str, error: Exception) -> AthenaError:
+        """What an upload's error means: "not found" is the upload, which somebody aborted, and another try begins a new one."""
+        problem = self._told(key, error)
+        if isinstance(problem, AbsentError):
+            return UnavailableError(problem.cause, next_step="the unfinished upload is gone: did somebody abort it?")
+        return problem
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """See `Store.put`."""

@@ -20,10 +20,10 @@ from cryptography.x509.oid import NameOID
 from fault_proxy import fault_proxy
 from object_stores import PATIENT, QUICK, Server, s3_server
 
-from athena_backup.errors import AthenaError, FinalError
+from athena_backup.errors import AthenaError, FinalError, UnavailableError
 from athena_backup.store.clients import Way, open_azure, open_gcs, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES
-from athena_backup.store.sweep import list_uploads
+from athena_backup.store.sweep import abort_uploads, list_uploads
 from deployments.embedded_stores import (
     Certificate,
     EmbeddedAzure,
@@ -240,3 +240,21 @@ def test_what_a_killed_writer_left_is_invisible_and_swept_and_that_of_others_sta
     assert store.sweep("app/") == 1
     assert sorted(list_uploads(seaweed.access, "")) == sorted([("app2/set/part", alike), ("other/set/part", other)])
     assert store.sweep("app/") == 0
+
+
+def test_an_upload_that_somebody_aborts_is_worth_another_try(seaweed: EmbeddedS3) -> None:
+    server: Server = s3_server(seaweed)
+    server.clean()
+    key = "app/2026-11-23t12-00-00/volumes/asp/0123456789ab/0000.tar.zst.0000"
+
+    def chunks() -> Iterator[bytes]:
+        yield bytes(UPLOAD_PART_BYTES)
+        yield bytes(UPLOAD_PART_BYTES)
+        while not abort_uploads(seaweed.access, "app/"):
+            pass
+        for _ in range(12):
+            yield bytes(UPLOAD_PART_BYTES)
+
+    with pytest.raises(UnavailableError, match="somebody abort it"):
+        server.open().write(key, chunks())
+    assert server.open().head(key) is None
