@@ -18,7 +18,7 @@ from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.sessions import Database, identity, session
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
-from blocks.stores import local_directory
+from blocks.stores import local_directory, open_block
 from deployments.looks import Finding, look
 from deployments.store_checkup import store_findings
 
@@ -38,7 +38,16 @@ def findings(settings: Settings, now: datetime | None = None) -> Iterator[Findin
         yield look(f"database {database.name}", lambda: check_database(database, settings.athena_pg_bin))  # noqa: B023
     yield from _volume_findings(settings)
     yield from store_findings(settings)
+    for name in settings.athena_copy_to:
+        yield look(f"copies to {name}", lambda: check_further_store(name, settings))  # noqa: B023
     yield from _schedule_findings(settings, now or datetime.now(UTC))
+
+
+def check_further_store(name: str, settings: Settings) -> str:
+    """That the block of a further store is there, and its store can be listed; what may be written shows at the first copy."""
+    store = open_block(name, settings)
+    next(store.folders(f"{settings.athena_namespace}/"), None)
+    return f"{store.location.type} {store.location.place}, readable"
 
 
 def check_database(database: Database, client_directories: list[Path]) -> str:

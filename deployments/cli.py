@@ -75,8 +75,8 @@ def check(
     from deployments.checkup import findings
 
     settings = load_settings()
-    if settings.athena_store_block is not None:
-        with contextlib.suppress(FinalError):  # the look at the store tells of it
+    if settings.athena_store_block is not None or settings.athena_copy_to:
+        with contextlib.suppress(FinalError):  # the looks at the stores tell of it
             _with_prefect()
     if show_settings:
         for name, value in shown(settings).items():

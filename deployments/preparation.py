@@ -11,7 +11,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from athena_backup.catalog import SetState, list_sets
-from athena_backup.errors import AthenaError
+from athena_backup.errors import AthenaError, UnavailableError
 from athena_backup.settings import Settings
 from blocks.keys import ApiKeys, load_hashes, make_key
 from blocks.store_blocks import register
@@ -42,7 +42,7 @@ logger = logging.getLogger("athena_backup.preparation")
 def prepare(settings: Settings) -> str | None:
     """Make the slot's limit, the store's block and the API key, open the store, drop missed runs; returns the key if it is new.
 
-    Raises the store's errors: a service that can't reach its store must not say that it runs.
+    Raises the store's final errors: a service that its store refuses must not say that it runs.
     """
     # First: a store block that is missing can then be made in Prefect's UI.
     register(settings)
@@ -50,6 +50,12 @@ def prepare(settings: Settings) -> str | None:
     if settings.athena_store_block is not None and store.location.type == "local":
         refuse_overlaps(settings, store.location.place)
     namespace = settings.athena_namespace
+    try:
+        # A client of an object store asks nothing when it is made: this is where a wrong key or name shows.
+        next(store.folders(f"{namespace}/"), None)
+    except UnavailableError as error:
+        # It may come back, and what a killed restore left has to be recovered meanwhile.
+        logger.warning("the store does not answer: %s", error)
     with get_client(sync_client=True) as client:
         ensure_limit(client, namespace)
         reconcile(client, store, namespace)

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from service import ROOT, Service, await_true
 
+from deployments.embedded_stores import EmbeddedS3
+
 SECRETS = {
     "s3": {"AWS_ACCESS_KEY": "an-access-key", "AWS_SECRET_KEY": "hunter2"},
     "azure-blob-storage": {"AZURE_STORAGE_ACCESS_KEY": "aHVudGVyMg=="},
@@ -310,3 +312,19 @@ def test_the_forms_can_be_registered_without_the_service(service: Service) -> No
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Athena S3 store" in done.stdout
+
+
+def test_a_service_whose_store_is_refused_does_not_say_that_it_runs(
+    make_service: Callable[..., Service], seaweed: EmbeddedS3
+) -> None:
+    made = make_service(
+        "refused",
+        OBJECT_STORE_LOCATION_TYPE="s3",
+        AWS_S3_ENDPOINT=seaweed.endpoint,
+        AWS_S3_BUCKET_NAME="nobody-made-this-one",
+        AWS_ACCESS_KEY=seaweed.keys.access_key,
+        AWS_SECRET_KEY=seaweed.keys.secret_key,
+    )
+    ended = made.command("up")
+    assert ended.returncode == 1
+    assert "error: there is no bucket or container nobody-made-this-one" in ended.stderr

@@ -14,7 +14,7 @@ from service import ROOT, Service, await_true
 
 from athena_backup.catalog import SetState, find_set, list_sets, whole_manifest
 from athena_backup.names import SetId
-from athena_backup.store.local import MARKER, LocalStore, initialize
+from athena_backup.store.local import LocalStore, initialize
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,8 @@ def copy_metric(service: Service) -> str:
 
 
 def test_a_copy_that_fails_is_told_and_the_set_stays_a_success(service: Service, second: LocalStore) -> None:
-    marker = Path(second.location.place) / MARKER
-    identifier = marker.read_text()
-    marker.write_text("another store's")
+    place = Path(second.location.place)
+    place.rename(place.with_name("away"))
     ended = service.command("backup")
     assert ended.returncode == 1, ended
     timestamp = ended.stdout.split()[1].rpartition("/")[2]
@@ -107,7 +106,10 @@ def test_a_copy_that_fails_is_told_and_the_set_stays_a_success(service: Service,
     assert told in newest_copy(service)["state"]["message"]  # type: ignore[index]
     assert service.status("/backup/status", json.dumps({"timestamp": timestamp})) == "Success"
     assert copy_metric(service) == "0.0"
-    marker.write_text(identifier)
+    checked = service.command("check").stdout
+    assert "FAIL  copies to second: the store's directory" in checked
+    place.with_name("away").rename(place)
+    assert "ok    copies to second: local" in service.command("check").stdout
     assert find_set(second, set_of(timestamp)) is None
     mended = service.command("copy", timestamp, "--to", "second")
     assert mended.returncode == 0, mended
