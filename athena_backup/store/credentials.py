@@ -66,7 +66,8 @@ def aws_identity() -> Identity:
                     next_step="set AWS_ACCESS_KEY and AWS_SECRET_KEY, or give the pod a role",
                 )
             frozen = found.get_frozen_credentials()
-        except botocore.exceptions.BotoCoreError as error:
+        # A role that may not be assumed, and a token's file that is not there, are told by types of their own.
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError) as error:
             raise DeniedError(f"AWS gives no credentials: {error}", next_step="check the pod's role") from None
         # botocore tells the expiry to nobody; without it credentials of a minute would be used for ten.
         expiry = getattr(found, "_expiry_time", None) or datetime.now(UTC) + _LOOK_AGAIN
