@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -155,6 +156,17 @@ class TestPassing:
         store.write("app/part", chunks(sent))
         proxy.bytes_per_second = None
         assert b"".join(store.read("app/part")) == sent
+
+    @pytest.mark.parametrize("object_server", ["s3"], indirect=True)
+    def test_sixteen_streams_share_a_slow_and_distant_line(self, object_server: Server, proxy: FaultProxy) -> None:
+        proxy.bytes_per_second, proxy.latency_seconds = 1 << 20, 0.1
+        way = replace(QUICK, timeout_seconds=60, read_back=False, streams=16)
+        store = object_server.open(way, through=proxy)
+        sent = {f"app/{number}": BIG[number * 700_000 :][:700_000] for number in range(16)}
+        with ThreadPoolExecutor(len(sent)) as pool:
+            list(pool.map(lambda key: store.write(key, chunks(sent[key])), sent))
+        proxy.bytes_per_second = None
+        assert {key: b"".join(store.read(key)) for key in sent} == sent
 
     @pytest.mark.parametrize("object_server", ["s3"], indirect=True)
     def test_upload_parts_that_time_out_side_by_side_go_one_by_one(
