@@ -58,4 +58,4 @@ def test_a_backup_that_lost_its_slot_says_so_and_was_cancelled_by_nobody(service
         httpx.post(url, json={"lease_id": lease}, trust_env=False).raise_for_status()
         await_true(lambda: "ongoing" not in service.status(), "the backup's end", 60)
     status = service.status("/backup/status", json.dumps({"timestamp": timestamp}))
-    assert "asp: error stopping: the slot was lost: its lease has ended" in status
+    assert ": error stopping: the slot was lost: its lease has ended" in status
