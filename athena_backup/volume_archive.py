@@ -209,9 +209,8 @@ class _Archive:
                     yield self._counted(replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0))
                     return
                 if first is not None and not entry.is_object:
-                    self.torn.append(
-                        shown(entry.path)
-                    )  # changed since its first name was read: two files in the archive
+                    # Changed since its first name was read: it comes back as two files.
+                    self.torn.append(shown(entry.path))
                 self.links[inode] = (entry.path, status.st_size, status.st_mtime_ns)
             yield from self._content(entry, descriptor)
         finally:
