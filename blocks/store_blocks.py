@@ -24,9 +24,9 @@ from pydantic import Field, SecretStr
 from athena_backup.errors import FinalError, UnavailableError
 from athena_backup.settings import Settings
 from athena_backup.store import Store
-from athena_backup.store.clients import Keys, Way, open_azure, open_gcs, open_s3
+from athena_backup.store.clients import Keys, Way, google_access, open_azure, open_gcs, open_s3
 from athena_backup.store.local import open_local
-from athena_backup.store.sweep import S3Access
+from athena_backup.store.sweep import GoogleAccess, S3Access
 from blocks.keys import block_name
 
 _OF_SETTINGS = (
@@ -154,11 +154,17 @@ class AthenaGcsStore(Block):
         description="The whole JSON of a service account's key; leave it empty to use Google's default credentials.",
     )
 
+    def access(self, way: Way) -> GoogleAccess:
+        """How its unfinished uploads are reached; raises `FinalError`."""
+        return google_access(self.bucket_name, self._key(), way.ca_bundle)
+
     def open(self, way: Way, memory: Path) -> Store:
         """The store; raises `FinalError`. ``memory`` is for local ones."""
         del memory
-        given = self.service_account.get_secret_value() if self.service_account else ""
-        return open_gcs(self.bucket_name, given or None, way=way)
+        return open_gcs(self.bucket_name, self._key(), way=way)
+
+    def _key(self) -> str | None:
+        return (self.service_account.get_secret_value() if self.service_account else "") or None
 
 
 class AthenaLocalStore(Block):

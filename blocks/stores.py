@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from athena_backup.settings import Settings
 from athena_backup.store import Store
-from athena_backup.store.clients import Keys, Way, open_azure, open_gcs, open_s3
+from athena_backup.store.clients import Keys, Way, google_access, open_azure, open_gcs, open_s3
 from athena_backup.store.local import open_local
-from athena_backup.store.sweep import S3Access
+from athena_backup.store.sweep import GoogleAccess, S3Access
 
 if TYPE_CHECKING:
     from blocks.store_blocks import StoreBlock
@@ -69,14 +69,22 @@ def way_of(settings: Settings) -> Way:
     )
 
 
-def s3_access(settings: Settings) -> S3Access | None:
-    """How boto3 reaches the service's bucket; None where the store is none of S3. Raises like `open_store`."""
+def bucket_access(settings: Settings) -> S3Access | GoogleAccess | None:
+    """How the service's bucket is reached without obstore; None for Azure and directories. Raises like `open_store`."""
     if settings.athena_store_block is not None:
-        from blocks.store_blocks import AthenaS3Store, load_block
+        from blocks.store_blocks import AthenaGcsStore, AthenaS3Store, load_block
 
         block = load_block(settings.athena_store_block)
-        return block.access(way_of(settings)) if isinstance(block, AthenaS3Store) else None
-    return _s3_of(settings) if settings.object_store_location_type == "s3" else None
+        return block.access(way_of(settings)) if isinstance(block, AthenaS3Store | AthenaGcsStore) else None
+    match settings.object_store_location_type:
+        case "s3":
+            return _s3_of(settings)
+        case "gcp-cloud-storage":
+            return google_access(
+                settings.gcp_cloud_storage_bucket_name, settings.gcp_service_account_json, settings.athena_ca_bundle
+            )
+        case _:
+            return None
 
 
 def _s3_of(settings: Settings) -> S3Access:

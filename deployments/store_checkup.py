@@ -19,14 +19,17 @@ import botocore.exceptions
 from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
 from athena_backup.settings import Settings
 from athena_backup.store import Store, read_document
-from athena_backup.store.sweep import S3Access, list_uploads
-from blocks.stores import open_store, s3_access
+from athena_backup.store.sweep import GoogleAccess, S3Access, UploadAccess
+from blocks.stores import bucket_access, open_store
 from deployments.looks import Finding, Note, look
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 _RULE_DAYS = 7
+_NO_VERSIONS = "the bucket keeps none: what is deleted is gone"
+_UNFREED = "a deleted set frees no room before a lifecycle rule removes noncurrent versions"
+_IF_KEPT = f"; if it does, {_UNFREED}"
 _PROOFS = {
     "fsync+size": "objects are synced to the disk",
     "digest": "each upload is sent with its SHA-256",
@@ -38,7 +41,7 @@ _PROOFS = {
 def store_findings(settings: Settings) -> Iterator[Finding]:
     """Look at the store; nothing is changed but probe objects, which go again where they may be deleted."""
     try:
-        store, access = open_store(settings), s3_access(settings)
+        store, access = open_store(settings), bucket_access(settings)
     except (AthenaError, OSError) as error:
         yield Finding("store", "FAIL", str(error))
         return
@@ -50,10 +53,10 @@ def store_findings(settings: Settings) -> Iterator[Finding]:
             store.delete([probe])
         return
     yield look("store, deleting", lambda: check_deleting(store, probe))
-    if access is not None:
+    if isinstance(access, S3Access):
         yield from _s3_findings(access, settings.athena_namespace)
-    elif store.location.type == "gcp-cloud-storage":
-        yield Finding("store, unfinished uploads", "note", f"not looked for: {_wanted_rule()}")
+    elif isinstance(access, GoogleAccess):
+        yield from google_findings(access, settings.athena_namespace)
 
 
 def check_store(store: Store, key: str) -> str:
@@ -127,14 +130,37 @@ def check_checksums(client: S3Client, bucket: str, namespace: str) -> str | Note
     )
 
 
+def google_findings(access: GoogleAccess, namespace: str) -> Iterator[Finding]:
+    """What only its XML API tells of a Google bucket."""
+
+    def uploads() -> str | Note:
+        try:
+            return _unfinished(access, namespace)
+        except DeniedError as error:
+            return Note(f"{error.cause}; {_wanted_rule()}")
+
+    def versions() -> str | Note:
+        try:
+            is_kept = access.keeps_versions()
+        except DeniedError:
+            return Note(f"whether the bucket keeps old versions may not be looked at (storage.buckets.get){_IF_KEPT}")
+        return Note(f"the bucket keeps old versions: {_UNFREED}") if is_kept else _NO_VERSIONS
+
+    yield look("store, unfinished uploads", uploads)
+    yield look("store, versions", versions)
+
+
+def _unfinished(access: UploadAccess, namespace: str) -> str:
+    found = access.list_uploads(f"{namespace}/")
+    return f"{len(found)} there; those of a killed backup are aborted by the next operation"
+
+
 def check_uploads(client: S3Client, access: S3Access, namespace: str) -> str | Note:
     """Whether what a killed upload leaves can be found, or else whether a lifecycle rule takes it away."""
     try:
-        found = list_uploads(access, f"{namespace}/")
+        return _unfinished(access, namespace)
     except DeniedError as error:
         reason = error.cause
-    else:
-        return f"{len(found)} there; those of a killed backup are aborted by the next operation"
     rules = _rules(client, access.bucket, namespace)
     if rules is None:
         return Note(
@@ -151,21 +177,15 @@ def check_versions(client: S3Client, bucket: str, namespace: str) -> str | Note:
     try:
         status = client.get_bucket_versioning(Bucket=bucket).get("Status")
     except botocore.exceptions.ClientError:
-        return Note(
-            "whether the bucket keeps old versions may not be looked at (s3:GetBucketVersioning); if it does, a deleted set"
-            " frees no room without a lifecycle rule on noncurrent versions"
-        )
+        return Note(f"whether the bucket keeps old versions may not be looked at (s3:GetBucketVersioning){_IF_KEPT}")
     except botocore.exceptions.BotoCoreError as error:
         raise _told(error, "s3:GetBucketVersioning") from None
     if not status:
-        return "the bucket keeps none: what is deleted is gone"
+        return _NO_VERSIONS
     rules = _rules(client, bucket, namespace) or []
     if any("NoncurrentVersionExpiration" in rule for rule in rules):
         return "the bucket keeps old versions, and a lifecycle rule removes them"
-    return Note(
-        "the bucket keeps old versions: a deleted set frees no room before a lifecycle rule removes noncurrent versions,"
-        " and none was seen"
-    )
+    return Note(f"the bucket keeps old versions: {_UNFREED}, and none was seen")
 
 
 def _wanted_rule() -> str:

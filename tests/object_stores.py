@@ -43,6 +43,8 @@ class Server:
     address: str
     opener: Callable[[str, Way], ObjectStore] = field(repr=False)
     clean: Callable[[], None] = field(repr=False, default=lambda: None)
+    access: S3Access | None = None
+    """How boto3 reaches the S3 server that it is, or that stands behind it."""
 
     def open(self, way: Way = QUICK, *, through: FaultProxy | None = None) -> ObjectStore:
         """The store in the server, or seen through a proxy."""
@@ -55,7 +57,7 @@ def s3_server(server: EmbeddedS3) -> Server:
     def opener(address: str, way: Way) -> ObjectStore:
         return open_s3(server.bucket, address, server.region, server.keys, way=way)
 
-    return Server("s3", server.endpoint, opener, _renewed(server.access))
+    return Server("s3", server.endpoint, opener, _renewed(server.access), server.access)
 
 
 @contextlib.contextmanager
@@ -86,7 +88,8 @@ def moto_s3(address: str) -> Server:
     def opener(address: str, way: Way) -> ObjectStore:
         return open_s3(BUCKET, address, REGION, MOTO_KEYS, way=way)
 
-    return Server("moto", address, opener, _renewed(S3Access(BUCKET, address, REGION, MOTO_KEYS)))
+    access = S3Access(BUCKET, address, REGION, MOTO_KEYS)
+    return Server("moto", address, opener, _renewed(access), access)
 
 
 def azure_server(server: EmbeddedAzure) -> Server:
@@ -127,11 +130,16 @@ def gcs_server(moto: str) -> Iterator[Server]:
         request.headers["authorization"] = f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0"
 
     def opener(address: str, way: Way) -> ObjectStore:
-        account = {"gcs_base_url": address, "disable_oauth": True, "client_email": "", "private_key": ""}
-        return open_gcs(bucket, json.dumps({**account, "private_key_id": ""}), way=way)
+        return open_gcs(bucket, gcs_account(address), way=way)
 
     with fault_proxy(moto, translate) as translator:
-        yield Server("gcs", translator.url, opener, _renewed(access))
+        yield Server("gcs", translator.url, opener, _renewed(access), access)
+
+
+def gcs_account(address: str) -> str:
+    """The service account's JSON that names a server without tokens."""
+    account = {"gcs_base_url": address, "disable_oauth": True, "client_email": "", "private_key": ""}
+    return json.dumps({**account, "private_key_id": ""})
 
 
 def _renewed(access: S3Access) -> Callable[[], None]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from athena_backup.errors import FinalError
 from athena_backup.store import StoreLocation
 from athena_backup.store.credentials import aws_identity, azure_identity, bare_environment, google_identity
 from athena_backup.store.objects import PAUSE_SECONDS, ObjectStore
-from athena_backup.store.sweep import S3Access, abort_uploads
+from athena_backup.store.sweep import GoogleAccess, S3Access, abort_uploads
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -155,7 +156,7 @@ def open_s3(
         streams=way.streams,
         pause_seconds=way.pause_seconds,
         proof=proof,
-        abandon=lambda prefix: abort_uploads(access, prefix),
+        abandon=partial(abort_uploads, access),
     )
 
 
@@ -215,7 +216,13 @@ def open_gcs(bucket: str, service_account: str | None = None, *, way: Way | None
         streams=way.streams,
         pause_seconds=way.pause_seconds,
         proof=proof,
+        abandon=partial(abort_uploads, google_access(bucket, service_account, way.ca_bundle)),
     )
+
+
+def google_access(bucket: str, service_account: str | None, ca_bundle: Path | None) -> GoogleAccess:
+    """How the unfinished uploads of a Google bucket are reached; raises `FinalError` for a key that is no JSON object."""
+    return GoogleAccess(bucket, _google_url(service_account), service_account, ca_bundle)
 
 
 def _given(keys: Keys) -> Callable[[], Any]:

@@ -5,6 +5,7 @@ object store's client calls whenever its credentials are about to expire; the pl
 """
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ _AHEAD = timedelta(minutes=5)
 _LOOK_AGAIN = timedelta(minutes=15)
 """Expiry told to the client where the platform's library renews by itself: it asks again well before this."""
 
+_GOOGLE_SCOPES = ("https://www.googleapis.com/auth/devstorage.read_write",)
 _FOREIGN_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
 _environment_lock = threading.Lock()
 
@@ -104,7 +106,6 @@ def azure_identity() -> Identity:
 
 def google_identity() -> Identity:
     """Google's default credentials: file named by the environment, workload identity, metadata server."""
-    import google.auth
     import google.auth.exceptions
     from google.auth.transport.requests import Request
 
@@ -114,8 +115,7 @@ def google_identity() -> Identity:
         nonlocal found
         try:
             if found is None:
-                with _whole_environment():
-                    found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
+                found = google_credentials(None)
             found.refresh(Request())
         except google.auth.exceptions.GoogleAuthError as error:
             raise DeniedError(
@@ -125,3 +125,25 @@ def google_identity() -> Identity:
         return {"token": found.token, "expires_at": found.expiry.replace(tzinfo=UTC) - _AHEAD}
 
     return identity
+
+
+def google_credentials(service_account: str | None) -> Any:
+    """Credentials of Google's own library: of the key with this JSON, or without one its default ones.
+
+    Raises its `GoogleAuthError`, and `DeniedError` for a key that is none.
+    """
+    import google.auth
+    from google.auth.credentials import AnonymousCredentials
+    from google.oauth2.service_account import Credentials
+
+    if service_account is None:
+        with _whole_environment():
+            found, _ = google.auth.default(scopes=_GOOGLE_SCOPES)
+        return found
+    document = json.loads(service_account)
+    if document.get("disable_oauth"):
+        return AnonymousCredentials()
+    try:
+        return Credentials.from_service_account_info(document, scopes=_GOOGLE_SCOPES)
+    except ValueError:
+        raise DeniedError("the Google service account's key can't be used", next_step="download a new key") from None

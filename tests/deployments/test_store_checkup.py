@@ -21,8 +21,8 @@ from athena_backup.names import SetId
 from athena_backup.settings import Settings
 from athena_backup.store.clients import open_s3
 from athena_backup.store.local import LocalStore
-from athena_backup.store.sweep import abort_uploads, list_uploads
-from blocks.stores import open_store, s3_access
+from athena_backup.store.sweep import abort_uploads
+from blocks.stores import bucket_access, open_store
 from deployments.embedded_stores import embedded_azure, embedded_s3
 from deployments.looks import Finding
 from deployments.store_checkup import check_store, store_findings
@@ -107,7 +107,7 @@ def seen(settings: Settings) -> dict[str, Finding]:
 
 def test_the_policy_of_the_readme_is_enough_for_everything_but_deleting_sets(given: Given, server: Server) -> None:
     settings = given()
-    store, access = open_store(settings), s3_access(settings)
+    store, access = open_store(settings), bucket_access(settings)
     assert access is not None
     store.write("app/set/part", [bytes(1 << 20)] * 20)
     assert sum(map(len, store.read("app/set/part"))) == 20 << 20
@@ -117,9 +117,9 @@ def test_the_policy_of_the_readme_is_enough_for_everything_but_deleting_sets(giv
     server.enforce(policies=False)
     server.client("s3").create_multipart_upload(Bucket=BUCKET, Key="app/set/left")
     server.enforce(policies=True)
-    assert len(list_uploads(access, "app/")) == 1
+    assert len(access.list_uploads("app/")) == 1
     assert abort_uploads(access, "app/") == 1
-    assert list_uploads(access, "app/") == []
+    assert access.list_uploads("app/") == []
     found = seen(settings)
     assert all(finding.good for finding in found.values())
     assert str(found["store"]) == (

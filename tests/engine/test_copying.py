@@ -22,7 +22,6 @@ from athena_backup.store import Entry, Store, UnsettledError, read_document
 from athena_backup.store.clients import open_s3
 from athena_backup.store.local import LocalStore, initialize
 from athena_backup.store.objects import ObjectStore
-from athena_backup.store.sweep import list_uploads
 from deployments.embedded_stores import BUCKET, REGION, EmbeddedS3, embedded_s3
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -286,7 +285,7 @@ def test_what_a_killed_copy_was_sending_goes_with_the_next_one_and_nobody_else_s
     for key in (ours, *theirs):
         s3_server.access.client().create_multipart_upload(Bucket=s3_server.bucket, Key=key)
     copy_set(local_store, target, manifest.set_id, Operation())
-    left = [key for key, _ in list_uploads(s3_server.access, "")]
+    left = [key for key, _ in s3_server.access.list_uploads("")]
     assert sorted(left) == sorted(theirs)
     assert_restorable(target, manifest)
 

@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fault_proxy import fault_proxy
-from object_stores import PATIENT, QUICK, Server, s3_server
+from object_stores import PATIENT, QUICK, Server, gcs_account, s3_server
 
 from athena_backup.errors import AthenaError, FinalError, UnavailableError
 from athena_backup.store.clients import Way, open_azure, open_gcs, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES
-from athena_backup.store.sweep import abort_uploads, list_uploads
+from athena_backup.store.sweep import S3Access, abort_uploads
 from deployments.embedded_stores import (
     Certificate,
     EmbeddedAzure,
@@ -183,10 +183,13 @@ class TestAddresses:
 
 WRITER = """
 import json, sys, threading
-from athena_backup.store.clients import Keys, open_s3
+from athena_backup.store.clients import Keys, Way, open_gcs, open_s3
 
 place = json.load(sys.stdin)
-store = open_s3(place["bucket"], place["endpoint"], place["region"], Keys(place["access"], place["secret"]))
+if "account" in place:
+    store = open_gcs(place["bucket"], place["account"], way=Way(allow_http=True))
+else:
+    store = open_s3(place["bucket"], place["endpoint"], place["region"], Keys(place["access"], place["secret"]))
 
 
 def chunks():
@@ -200,10 +203,13 @@ store.write(place["key"], chunks())
 """
 
 
-def killed_writer(seaweed: EmbeddedS3, key: str, until: Callable[[], bool]) -> None:
+def killed_writer(server: Server, access: S3Access, key: str, until: Callable[[], bool]) -> None:
     """A process that is killed in the middle of a multipart upload."""
-    place = {"bucket": seaweed.bucket, "endpoint": seaweed.endpoint, "region": seaweed.region, "key": key,
-             "access": seaweed.keys.access_key, "secret": seaweed.keys.secret_key}  # fmt: skip
+    assert access.keys is not None
+    place = {"bucket": access.bucket, "endpoint": access.endpoint, "region": access.region, "key": key,
+             "access": access.keys.access_key, "secret": access.keys.secret_key}  # fmt: skip
+    if server.kind == "gcs":
+        place["account"] = gcs_account(server.address)
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
@@ -219,26 +225,30 @@ def killed_writer(seaweed: EmbeddedS3, key: str, until: Callable[[], bool]) -> N
     process.stdout.close()
 
 
-def test_what_a_killed_writer_left_is_invisible_and_swept_and_that_of_others_stays(seaweed: EmbeddedS3) -> None:
-    server: Server = s3_server(seaweed)
-    server.clean()
-    client, key = seaweed.access.client(), "app/2026-11-23t12-00-00/volumes/asp/0123456789ab/0000.tar.zst.0000"
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_what_a_killed_writer_left_is_invisible_and_swept_and_that_of_others_stays(
+    open_server: Callable[[str], Server], kind: str
+) -> None:
+    server = open_server(kind)
+    access = server.access
+    assert access is not None
+    client, key = access.client(), "app/2026-11-23t12-00-00/volumes/asp/0123456789ab/0000.tar.zst.0000"
 
     def has_parts() -> bool:
-        for found, upload in list_uploads(seaweed.access, "app/"):
+        for found, upload in access.list_uploads("app/"):
             if found == key:
-                return bool(client.list_parts(Bucket=seaweed.bucket, Key=key, UploadId=upload).get("Parts"))
+                return bool(client.list_parts(Bucket=access.bucket, Key=key, UploadId=upload).get("Parts"))
         return False
 
-    other = client.create_multipart_upload(Bucket=seaweed.bucket, Key="other/set/part")["UploadId"]
-    alike = client.create_multipart_upload(Bucket=seaweed.bucket, Key="app2/set/part")["UploadId"]
-    killed_writer(seaweed, key, has_parts)
+    other = client.create_multipart_upload(Bucket=access.bucket, Key="other/set/part")["UploadId"]
+    alike = client.create_multipart_upload(Bucket=access.bucket, Key="app2/set/part")["UploadId"]
+    killed_writer(server, access, key, has_parts)
 
     store = server.open()
     assert list(store.entries("")) == []
     assert store.head(key) is None
     assert store.sweep("app/") == 1
-    assert sorted(list_uploads(seaweed.access, "")) == sorted([("app2/set/part", alike), ("other/set/part", other)])
+    assert sorted(access.list_uploads("")) == sorted([("app2/set/part", alike), ("other/set/part", other)])
     assert store.sweep("app/") == 0
 
 
