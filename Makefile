@@ -33,8 +33,9 @@ demo: install $(if $(filter azure,$(STORE)),azurite)
 run: install
 	@$(BIN)/athena-backup up
 
+# Two files at a time: much of what is tested is waiting. TESTS="tests/engine/test_store.py -x" runs some.
 test: install azurite
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile $(TESTS)
 
 check: install
 	$(BIN)/ruff format --check .

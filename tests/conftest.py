@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fault_proxy import FaultProxy, fault_proxy
 from object_stores import OBJECT_STORES, PATIENT, Server, azure_server, gcs_server, moto_s3, moto_server, s3_server
 from service import Service
+
+# Where the tests were started to outlive their terminal (nohup), every service of theirs would ignore its hang-up too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
