@@ -25,8 +25,9 @@ from athena_backup.errors import FinalError, UnavailableError
 from athena_backup.settings import Settings
 from athena_backup.store import Store
 from athena_backup.store.clients import Keys, Way, google_access, open_azure, open_gcs, open_s3
+from athena_backup.store.google import GoogleAccess
 from athena_backup.store.local import open_local
-from athena_backup.store.sweep import GoogleAccess, S3Access
+from athena_backup.store.sweep import S3Access
 from blocks.keys import block_name
 
 _OF_SETTINGS = (

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from athena_backup.settings import Settings
 from athena_backup.store import Store
 from athena_backup.store.clients import Keys, Way, google_access, open_azure, open_gcs, open_s3
+from athena_backup.store.google import GoogleAccess
 from athena_backup.store.local import open_local
-from athena_backup.store.sweep import GoogleAccess, S3Access
+from athena_backup.store.sweep import S3Access
 
 if TYPE_CHECKING:
     from blocks.store_blocks import StoreBlock

@@ -19,7 +19,8 @@ import botocore.exceptions
 from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
 from athena_backup.settings import Settings
 from athena_backup.store import Store, read_document
-from athena_backup.store.sweep import GoogleAccess, S3Access, UploadAccess
+from athena_backup.store.google import GoogleAccess
+from athena_backup.store.sweep import S3Access, UploadAccess
 from blocks.stores import bucket_access, open_store
 from deployments.looks import Finding, Note, look
 
@@ -137,14 +138,22 @@ def google_findings(access: GoogleAccess, namespace: str) -> Iterator[Finding]:
         try:
             return _unfinished(access, namespace)
         except DeniedError as error:
-            return Note(f"{error.cause}; {_wanted_rule()}")
+            reason = f"those of a killed backup can't be listed: {error.cause}"
+        try:
+            if access.aborts_uploads():
+                return "can't be listed, but a lifecycle rule aborts them"
+        except DeniedError:
+            return Note(f"{reason}; {_wanted_rule()}; whether there is one may not be looked at (storage.buckets.get)")
+        return Note(f"{reason}; {_wanted_rule()}; there is none")
 
     def versions() -> str | Note:
         try:
             is_kept = access.keeps_versions()
         except DeniedError:
             return Note(f"whether the bucket keeps old versions may not be looked at (storage.buckets.get){_IF_KEPT}")
-        return Note(f"the bucket keeps old versions: {_UNFREED}") if is_kept else _NO_VERSIONS
+        if is_kept:
+            return Note(f"the bucket keeps old versions: {_UNFREED}")
+        return "the bucket keeps none; where soft delete is on, as it is by default, what is deleted takes room for its days"
 
     yield look("store, unfinished uploads", uploads)
     yield look("store, versions", versions)
@@ -152,7 +161,7 @@ def google_findings(access: GoogleAccess, namespace: str) -> Iterator[Finding]:
 
 def _unfinished(access: UploadAccess, namespace: str) -> str:
     found = access.list_uploads(f"{namespace}/")
-    return f"{len(found)} there; those of a killed backup are aborted by the next operation"
+    return f"{len(found)} there; the next operation aborts those of a killed backup, if it may"
 
 
 def check_uploads(client: S3Client, access: S3Access, namespace: str) -> str | Note:

@@ -20,6 +20,7 @@ from deployments.embedded_stores import EmbeddedAzure, EmbeddedS3, embedded_azur
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from authority import Authority, make_authority
 from fault_proxy import FaultProxy, fault_proxy
 from object_stores import OBJECT_STORES, PATIENT, Server, azure_server, gcs_server, moto_s3, moto_server, s3_server
 from service import Service
@@ -46,6 +47,12 @@ def local_store(tmp_path: Path) -> LocalStore:
     root.mkdir()
     initialize(root)
     return LocalStore(str(root))
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority of the tests, and a server's certificate by it for 127.0.0.1."""
+    return make_authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,9 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from athena_backup.errors import FinalError
 from athena_backup.store import StoreLocation
 from athena_backup.store.credentials import aws_identity, azure_identity, bare_environment, google_identity
+from athena_backup.store.google import GoogleAccess
 from athena_backup.store.objects import PAUSE_SECONDS, ObjectStore
-from athena_backup.store.sweep import GoogleAccess, S3Access, abort_uploads
+from athena_backup.store.sweep import S3Access, abort_uploads
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig

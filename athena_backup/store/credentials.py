@@ -128,12 +128,11 @@ def google_identity() -> Identity:
 
 
 def google_credentials(service_account: str | None) -> Any:
-    """Credentials of Google's own library: of the key with this JSON, or without one its default ones.
+    """Credentials of Google's own library: of the key with this JSON, or without one its default ones; None for no tokens.
 
     Raises its `GoogleAuthError`, and `DeniedError` for a key that is none.
     """
     import google.auth
-    from google.auth.credentials import AnonymousCredentials
     from google.oauth2.service_account import Credentials
 
     if service_account is None:
@@ -142,8 +141,8 @@ def google_credentials(service_account: str | None) -> Any:
         return found
     document = json.loads(service_account)
     if document.get("disable_oauth"):
-        return AnonymousCredentials()
+        return None
     try:
         return Credentials.from_service_account_info(document, scopes=_GOOGLE_SCOPES)
-    except ValueError:
+    except (ValueError, TypeError):
         raise DeniedError("the Google service account's key can't be used", next_step="download a new key") from None

@@ -324,9 +324,9 @@ class ObjectStore:
         check_prefix(prefix)
         try:
             return self._abandon(prefix)
-        except DeniedError as error:
+        except AthenaError as error:
             # `check` says so too, and asks for a lifecycle rule instead; no operation depends on it.
-            logger.warning("%s", error)
+            logger.warning("what killed writers left below %s is not swept: %s", prefix, error)
             return 0
 
     def _connected(self, *, to_read: bool = False) -> Client:

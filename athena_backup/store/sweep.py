@@ -1,34 +1,34 @@
 """Multipart uploads that a killed writer left: seen and aborted without obstore, which can do neither.
 
-On S3 through boto3, on Google by its XML API. What an exception or a cancel leaves is aborted by the writer itself
+On S3 through boto3, on Google by `google`. What an exception or a cancel leaves is aborted by the writer itself
 ("stores", section 7). Azure drops uncommitted blocks after a week.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import atexit
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import quote
-from xml.etree import ElementTree  # the store's own answers, read by an expat that bounds entities
 
 import boto3
 import botocore.exceptions
+import certifi
 from botocore.config import Config
 
-from athena_backup.errors import DeniedError, UnavailableError
-from athena_backup.store.credentials import bare_environment, google_credentials
+from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
+from athena_backup.store import check_key
+from athena_backup.store.credentials import bare_environment
 
 if TYPE_CHECKING:
-    import requests
     from types_boto3_s3 import S3Client
 
     from athena_backup.store.clients import Keys
 
 _PROBLEMS = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
-_CONNECT_SECONDS = 10
-_READ_SECONDS = 60
-_TRIES = 5
 
 
 class UploadAccess(Protocol):
@@ -37,16 +37,25 @@ class UploadAccess(Protocol):
     def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
         """Key and id of every unfinished upload below ``prefix``."""
 
-    def abort_upload(self, key: str, upload: str) -> None:
-        """Abort one of them; one that is gone is no fault."""
+    def abort_uploads(self, uploads: Sequence[tuple[str, str]]) -> None:
+        """Abort these, whatever becomes of each, then raise what the first that failed did; one that is gone is no fault."""
 
 
 def abort_uploads(access: UploadAccess, prefix: str) -> int:
     """Abort every unfinished upload below ``prefix``, whose writers are known to be dead; returns how many."""
-    found = access.list_uploads(prefix)
-    for key, upload in found:
-        access.abort_upload(key, upload)
+    found = [(key, upload) for key, upload in access.list_uploads(prefix) if upload and _is_below(key, prefix)]
+    if found:
+        access.abort_uploads(found)
     return len(found)
+
+
+def _is_below(key: str, prefix: str) -> bool:
+    """Whether an upload is one of ours, whatever the server makes of the prefix that it was asked for."""
+    try:
+        check_key(key)
+    except FinalError:
+        return False
+    return key.startswith(prefix)
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,12 @@ class S3Access:
         return session.client(
             "s3",
             endpoint_url=self.endpoint,
-            verify=str(self.ca_bundle) if self.ca_bundle else None,
+            verify=_with_usual(self.ca_bundle) if self.ca_bundle else None,
             config=Config(
                 s3={"addressing_style": "path" if self.path_style else "virtual"},
-                retries={"max_attempts": _TRIES, "mode": "standard"},
-                connect_timeout=_CONNECT_SECONDS,
-                read_timeout=_READ_SECONDS,
+                retries={"max_attempts": 5, "mode": "standard"},
+                connect_timeout=10,
+                read_timeout=60,
             ),
         )
 
@@ -92,98 +101,27 @@ class S3Access:
             raise _told(error, "s3:ListBucketMultipartUploads") from None
         return found
 
-    def abort_upload(self, key: str, upload: str) -> None:
+    def abort_uploads(self, uploads: Sequence[tuple[str, str]]) -> None:
         """See `UploadAccess`."""
-        try:
-            self.client().abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
-        except _PROBLEMS as error:
-            if _code(error) != "NoSuchUpload":
-                raise _told(error, "s3:AbortMultipartUpload") from None
+        client = self.client()
+        first: AthenaError | None = None
+        for key, upload in uploads:
+            try:
+                client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+            except _PROBLEMS as error:
+                if _code(error) != "NoSuchUpload":
+                    first = first or _told(error, "s3:AbortMultipartUpload")
+        if first is not None:
+            raise first
 
 
-@dataclass(frozen=True)
-class GoogleAccess:
-    """How a Google bucket is reached by the XML API (Google's manual, "XML API multipart uploads").
-
-    ``service_account`` is the JSON of its key; None: Google's default credentials.
-    """
-
-    bucket: str
-    endpoint: str
-    service_account: str | None = field(default=None, repr=False)
-    ca_bundle: Path | None = None
-
-    def list_uploads(self, prefix: str) -> list[tuple[str, str]]:
-        """See `UploadAccess`."""
-        found: list[tuple[str, str]] = []
-        with self._session() as session:
-            after: dict[str, str] = {}
-            while True:
-                page = self._asked(session, "GET", "", {"uploads": "", "prefix": prefix, **after})
-                found += [(_text(one, "Key"), _text(one, "UploadId")) for one in page if _tag(one) == "Upload"]
-                if _text(page, "IsTruncated") != "true":
-                    return found
-                after = {
-                    "key-marker": _text(page, "NextKeyMarker"),
-                    "upload-id-marker": _text(page, "NextUploadIdMarker"),
-                }
-
-    def abort_upload(self, key: str, upload: str) -> None:
-        """See `UploadAccess`."""
-        with self._session() as session:
-            self._asked(session, "DELETE", key, {"uploadId": upload})
-
-    def keeps_versions(self) -> bool:
-        """Whether the bucket keeps what is deleted or overwritten; raises like the rest."""
-        with self._session() as session:
-            return _text(self._asked(session, "GET", "", {"versioning": ""}), "Status") == "Enabled"
-
-    def _session(self) -> requests.Session:
-        from google.auth.transport.requests import AuthorizedSession
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
-
-        session: requests.Session = AuthorizedSession(google_credentials(self.service_account))
-        if self.ca_bundle is not None:
-            session.verify = str(self.ca_bundle)
-        again = Retry(_TRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
-        for scheme in ("https://", "http://"):
-            session.mount(scheme, HTTPAdapter(max_retries=again))
-        return session
-
-    def _asked(self, session: requests.Session, method: str, key: str, query: dict[str, str]) -> ElementTree.Element:
-        import google.auth.exceptions
-        import requests
-
-        url = f"{self.endpoint.rstrip('/')}/{quote(self.bucket)}/{quote(key)}"
-        try:
-            answer = session.request(method, url, params=query, timeout=(_CONNECT_SECONDS, _READ_SECONDS))
-            if answer.ok or (method == "DELETE" and answer.status_code == 404):
-                return ElementTree.fromstring(answer.content) if answer.ok and answer.content else _NOTHING  # noqa: S314
-        except (requests.RequestException, google.auth.exceptions.GoogleAuthError) as error:
-            raise UnavailableError(
-                f"unfinished uploads could not be listed or aborted: {type(error).__name__}"
-            ) from None
-        except ElementTree.ParseError:
-            raise UnavailableError("unfinished uploads could not be listed: the answer is no XML") from None
-        if answer.status_code in (401, 403, 405, 501):
-            raise DeniedError(
-                f"unfinished uploads can't be listed or aborted: HTTP {answer.status_code}",
-                next_step="grant storage.multipartUploads.list and storage.multipartUploads.abort, or let a lifecycle rule"
-                " abort incomplete uploads after 7 days",
-            )
-        raise UnavailableError(f"unfinished uploads could not be listed or aborted: HTTP {answer.status_code}")
-
-
-_NOTHING = ElementTree.Element("nothing")
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _text(element: ElementTree.Element, tag: str) -> str:
-    return next((one.text or "" for one in element if _tag(one) == tag), "")
+@functools.cache
+def _with_usual(bundle: Path) -> str:
+    """A file with the usual authorities and those of ``bundle``: boto3 trusts one file alone."""
+    with tempfile.NamedTemporaryFile("wb", prefix="athena-ca-", suffix=".pem", delete=False) as file:
+        atexit.register(Path(file.name).unlink, missing_ok=True)
+        file.write(Path(certifi.where()).read_bytes() + b"\n" + bundle.read_bytes())
+    return file.name
 
 
 def _code(error: Exception) -> str:

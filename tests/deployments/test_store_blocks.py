@@ -34,7 +34,7 @@ from athena_backup.errors import AthenaError
 from athena_backup.settings import load_settings
 from blocks import stores
 from blocks.store_blocks import register
-from blocks.stores import KeptStore, open_store, s3_access
+from blocks.stores import KeptStore, bucket_access, open_store
 
 kept = last = None
 
@@ -52,10 +52,10 @@ def answer(what):
         return [last.location.place, last is before]
     if what == "register":
         return register(load_settings())
-    store, access = open_store(load_settings()), s3_access(load_settings())
+    store, access = open_store(load_settings()), bucket_access(load_settings())
     assert asyncio.run(inside_a_loop()).location == store.location
     place = store.location
-    return [place.type, place.place, place.region, store.proof, access and access.keys and access.keys.secret_key]
+    return [place.type, place.place, place.region, store.proof, getattr(getattr(access, "keys", None), "secret_key", None)]
 
 before = dict(os.environ)
 for line in sys.stdin:

@@ -1,7 +1,5 @@
 """How a store is reached: TLS with an own authority, proxies, addresses by path and by host; and what a killed writer leaves."""
 
-import datetime
-import ipaddress
 import json
 import os
 import random
@@ -9,14 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from authority import Authority
 from fault_proxy import fault_proxy
 from object_stores import PATIENT, QUICK, Server, gcs_account, s3_server
 
@@ -25,7 +20,6 @@ from athena_backup.store.clients import Way, open_azure, open_gcs, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES
 from athena_backup.store.sweep import S3Access, abort_uploads
 from deployments.embedded_stores import (
-    Certificate,
     EmbeddedAzure,
     EmbeddedS3,
     embedded_azure,
@@ -33,54 +27,6 @@ from deployments.embedded_stores import (
 )
 
 BIG = random.Random(5).randbytes(UPLOAD_PART_BYTES + 1_000_000)
-
-
-@dataclass(frozen=True)
-class Authority:
-    """An authority of the tests, and a server's certificate by it for 127.0.0.1."""
-
-    bundle: Path
-    server: Certificate
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    folder = tmp_path_factory.mktemp("authority")
-    now = datetime.datetime.now(datetime.UTC)
-    root_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    root_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Authority of the tests")])
-
-    def builder(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(root_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=2))
-        )
-
-    root = (
-        builder(root_name, root_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(root_key, hashes.SHA256())
-    )
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    server = (
-        builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "store")]), server_key)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([address, x509.DNSName("localhost")]), critical=False)
-        .sign(root_key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "root.pem").write_bytes(root.public_bytes(pem))
-    # As a server sends it: its own certificate, then its authority's.
-    (folder / "server.pem").write_bytes(server.public_bytes(pem) + root.public_bytes(pem))
-    (folder / "server.key").write_bytes(
-        server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return Authority(folder / "root.pem", Certificate(folder / "server.pem", folder / "server.key"))
 
 
 @pytest.fixture(scope="module")
