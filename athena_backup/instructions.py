@@ -1,9 +1,11 @@
 """RESTORE.md: how to get the data out of a set with stock tools, for someone who has lost this program."""
 
 import shlex
+from collections.abc import Sequence
 
-from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, component_folder
-from athena_backup.postgres.sessions import connection_string
+from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Stream, component_folder
+from athena_backup.postgres.copy import copy_statement
+from athena_backup.postgres.sessions import client_encoding, connection_string
 
 _TIMEOUT_MAJOR = 17
 """The version of PostgreSQL that brought transaction_timeout, which every dump written by it sets."""
@@ -63,23 +65,50 @@ def _database(manifest: Manifest, component: Component) -> str:
     facts = component.database
     if facts is None:
         return ""
-    dump = f"{_relative_folder(manifest, component)}{component.streams[0].name}"
+    folder = _relative_folder(manifest, component)
+    dump, *tables = component.streams
     target = shlex.quote(connection_string(facts.database))
-    load = f"pg_restore --exit-on-error --dbname={target}"
-    if _dump_major(facts) >= _TIMEOUT_MAJOR and component.server and component.server.version < _TIMEOUT_MAJOR * 10_000:
-        # Such a dump sets a parameter that the server lacks, in its first lines.
-        load = (
-            "pg_restore --file=- | sed '1,50{/^SET transaction_timeout = 0;$/d;}' |"
-            f" psql --no-psqlrc --quiet --output=/dev/null --set=ON_ERROR_STOP=1 --dbname={target}"
-        )
+    psql = f"psql --no-psqlrc --quiet --output=/dev/null --set=ON_ERROR_STOP=1 --dbname={target}"
+
+    def load(sections: str = "") -> str:
+        pg_restore = f"pg_restore --exit-on-error{sections} --dbname={target}"
+        if (
+            _dump_major(facts) >= _TIMEOUT_MAJOR
+            and component.server
+            and component.server.version < _TIMEOUT_MAJOR * 10_000
+        ):
+            # Such a dump sets a parameter that the server lacks, in its first lines.
+            pg_restore = f"pg_restore --file=-{sections} | sed '1,50{{/^SET transaction_timeout = 0;$/d;}}' | {psql}"
+        return f"cat {shlex.quote(folder + dump.name)}.* | zstd -dc | {pg_restore}"
+
+    lines = [f"createdb --template=template0 {_create_options(facts)} -- {shlex.quote(facts.database)}"]
+    copy = f'zstd -dc | PGCLIENTENCODING={client_encoding(facts.encoding)} {psql} --command="$1"'
+    if tables:
+        lines += [
+            load(" --section=pre-data --section=data"),
+            # Each stream is a COPY of its own: those of one table can't be joined.
+            f'rows() {{ for stream in "${{@:2}}"; do cat {shlex.quote(folder)}"$stream".* | {copy}; done; }}',
+            *_rows(tables),
+            load(" --section=post-data"),
+        ]
+    else:
+        lines.append(load())
+    text = "\n".join(lines)
     return f"""
 ### {component.name}
 
 ```bash
-createdb --template=template0 {_create_options(facts)} -- {shlex.quote(facts.database)}
-cat {shlex.quote(dump)}.* | zstd -dc | {load}
+{text}
 ```
 """
+
+
+def _rows(streams: Sequence[Stream]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for stream in streams:
+        if stream.table is not None:
+            names.setdefault(copy_statement(stream.table), []).append(shlex.quote(stream.name))
+    return [f"rows {shlex.quote(statement)} {' '.join(found)}" for statement, found in names.items()]
 
 
 def _dump_major(facts: DatabaseFacts) -> int:

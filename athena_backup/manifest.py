@@ -14,7 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from athena_backup.errors import DamagedError, Fault, FinalError
 from athena_backup.names import SetId, Timestamp, parse_component_name, parse_namespace
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"
 MANIFEST = "manifest.json"
 FAILURE = "failure.json"
 COMPONENT = "component.json"
@@ -40,11 +40,22 @@ class Part(_Document):
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the object as stored.")
 
 
+class TableData(_Document):
+    """Which rows a stream of COPY's bytes holds; ``COPY schema.name (columns) FROM STDIN (FORMAT …)`` loads them."""
+
+    schema_name: str
+    name: str
+    columns: tuple[str, ...]
+    format: Literal["binary", "text"]
+    rows: int = Field(ge=0, description="Of this stream; a table that is split has several.")
+
+
 class Stream(_Document):
-    """One stream of a component, a dump or an archive: its parts joined in order."""
+    """One stream of a component, a dump, a table's rows or an archive: its parts joined in order."""
 
     name: str = Field(description="File name of the stream inside the component's folder, without the part's number.")
     parts: tuple[Part, ...]
+    table: TableData | None = Field(default=None, description="Of a table's rows, which are not in the dump.")
 
 
 class Setting(_Document):

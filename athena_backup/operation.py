@@ -30,17 +30,20 @@ class Operation:
 
     deadline: float | None = None
     """On the clock of `time.monotonic`; None: as long as it takes."""
+    bytes_per_second: float | None = None
+    """How fast all its sources together may be read; None: as fast as they go."""
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _reason: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: dict[str, int] = field(default_factory=dict)
     _totals: dict[str, int] = field(default_factory=dict)
+    _next_read: float = 0
     _on_cancel: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
-    def lasting(cls, seconds: float | None) -> "Operation":
+    def lasting(cls, seconds: float | None, *, bytes_per_second: float | None = None) -> "Operation":
         """An operation that has to end within ``seconds`` from now."""
-        return cls(deadline=None if seconds is None else time.monotonic() + seconds)
+        return cls(None if seconds is None else time.monotonic() + seconds, bytes_per_second)
 
     def cancel(self, reason: str) -> None:
         """Tell every thread of the operation to stop; the first reason is the one that is reported."""
@@ -92,6 +95,16 @@ class Operation:
             seconds = min(seconds, max(0.0, self.deadline - time.monotonic()))
         self._cancelled.wait(seconds)
         self.check()
+
+    def pace(self, raw_bytes: int) -> None:
+        """Wait until ``raw_bytes`` more may be read at the rate that is allowed; raises like `check`."""
+        if self.bytes_per_second is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._next_read = max(self._next_read, now) + raw_bytes / self.bytes_per_second
+            wait_seconds = self._next_read - now
+        self.pause(wait_seconds)
 
     def expect(self, component: str, total_bytes: int) -> None:
         """Say how many raw bytes a component will have, as far as one can know."""

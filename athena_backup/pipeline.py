@@ -8,7 +8,7 @@ is whole, and `read_part` ends without one only if every byte that was written h
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -54,19 +54,20 @@ def write_stream(
     operation: Operation,
     *,
     part_limit_bytes: int = PART_LIMIT_BYTES,
-    level: int = COMPRESSION_LEVEL,
+    threads: int = 1,
 ) -> tuple[Part, ...]:
     """Store the whole of ``source`` as one part or more; ``key_of`` gives the key of part 0, 1, …
 
     Each part begins a zstd frame of its own, with a content checksum; ``cat part.* | zstd -d`` gives the stream back.
-    ``part_limit_bytes`` is what a part holds compressed, at which the next begins. Raises what the source or store raises.
+    ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` compress it. Raises what the
+    source or store raises.
     """
     parts: list[Part] = []
     chunks = source.open(operation)
     with contextlib.closing(_Lookahead(chunks)) as ahead:
         while ahead.more or not parts:
             parts.append(
-                _write_part(ahead, source.component, store, key_of(len(parts)), operation, part_limit_bytes, level)
+                _write_part(ahead, source.component, store, key_of(len(parts)), operation, part_limit_bytes, threads)
             )
     return tuple(parts)
 
@@ -95,17 +96,23 @@ class _Lookahead:
 
 
 def _write_part(
-    ahead: _Lookahead, component: str, store: Store, key: str, operation: Operation, limit_bytes: int, level: int
+    ahead: _Lookahead, component: str, store: Store, key: str, operation: Operation, limit_bytes: int, threads: int
 ) -> Part:
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=False).compressobj()
+    compressor = zstandard.ZstdCompressor(
+        level=COMPRESSION_LEVEL,
+        threads=threads if threads > 1 else 0,
+        write_checksum=True,
+        write_content_size=False,
+    ).compressobj()
 
     def compressed() -> Iterator[bytes]:
         nonlocal size_bytes, raw_size_bytes
         while ahead.more and size_bytes < limit_bytes:
             operation.check()
             chunk = ahead.take()
+            operation.pace(len(chunk))
             raw_size_bytes += len(chunk)
             operation.advance(component, len(chunk))
             out = compressor.compress(chunk)
@@ -176,7 +183,7 @@ def watched(call: Callable[[], _Result], operation: Operation) -> _Result:
     return results[0]
 
 
-def read_part(part: Part, store: Store, operation: Operation) -> Iterator[bytes]:
+def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes, None, None]:
     """The raw bytes of a part; raises `DamagedError`, at its end at the latest, unless they are exactly what was written."""
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0

@@ -123,7 +123,13 @@ class Settings(BaseSettings):
         description="Where the service remembers its store and its own Prefect server keeps its state.",
     )
     athena_pg_bin: list[Path] = Field(default=[], description="Folders searched first for pg_dump and pg_restore.")
-    athena_jobs: int = Field(2, ge=1, le=64, description="Components that are worked on at once.")
+    athena_jobs: int = Field(
+        2, ge=1, le=64, description="Tables, archives and dumps that are read or written at once, of all components."
+    )
+    athena_rate_limit_mb: float | None = Field(
+        None, gt=0, description="MB a second, uncompressed, that a backup reads at most; none: as fast as it goes."
+    )
+    athena_nice: int = Field(0, ge=0, le=19, description="How far operations step back for other processes (nice(1)).")
     athena_lock_timeout_seconds: float = Field(60, gt=0, description="How long a backup waits for its table locks.")
     athena_ddl_wait_seconds: float | None = Field(
         None, gt=0, description="How long DDL may queue behind a backup before that database's backup is given up."

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from athena_backup.crew import Crew, Turn, Unit
 from athena_backup.errors import FinalError
-from athena_backup.manifest import Component, Stream, VolumeFacts, component_folder
+from athena_backup.manifest import Component, Part, Stream, VolumeFacts, component_folder
 from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
@@ -51,6 +52,7 @@ def write_volume(
     run_id: str,
     operation: Operation,
     *,
+    crew: Crew | None = None,
     torn_limit: float = TORN_LIMIT,
     allow_empty: bool = False,
     part_limit_bytes: int = PART_LIMIT_BYTES,
@@ -72,13 +74,19 @@ def write_volume(
     folder = component_folder(set_id, "volume", volume.name, attempt)
     archive = _Archive(volume, Walk(volume.directory, operation), torn_limit, allow_empty=allow_empty)
     name = "0000.tar.zst"
-    parts = write_stream(
-        Source(volume.name, lambda _: archive.chunks()),
-        store,
-        lambda number: f"{folder}{name}.{number:04}",
-        operation,
-        part_limit_bytes=part_limit_bytes,
-    )
+
+    def write(turn: Turn) -> tuple[Part, ...]:
+        return write_stream(
+            Source(volume.name, lambda _: archive.chunks()),
+            store,
+            lambda number: f"{folder}{name}.{number:04}",
+            operation,
+            part_limit_bytes=part_limit_bytes,
+            threads=turn.slots,
+        )
+
+    # Behind every table: what the databases' snapshots hold back ends with the last of those.
+    [parts] = (crew or Crew(1)).run([Unit(0, write, is_elastic=True)])
     return Component(
         name=volume.name,
         kind="volume",

@@ -99,6 +99,7 @@ def back_up_database(name: str) -> None:
                 working.set_id,
                 str(working.run_id),
                 working.operation,
+                crew=working.crew,
                 client_directories=working.settings.athena_pg_bin,
             )
             put_component(working.store, working.set_id, component)
@@ -125,6 +126,7 @@ def back_up_volume(name: str) -> None:
                 working.set_id,
                 str(working.run_id),
                 working.operation,
+                crew=working.crew,
                 torn_limit=working.settings.athena_torn_limit,
                 allow_empty=name in working.settings.athena_empty_volumes,
             )

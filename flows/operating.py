@@ -6,6 +6,7 @@ tags by which it is found again, every dead predecessor is buried, and SIGTERM o
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
+from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, Fault, FinalError, fault_of
 from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.operation import Operation
@@ -61,7 +63,7 @@ class Working:
     operation: Operation
     run_id: UUID
     set_id: SetId
-    jobs: threading.BoundedSemaphore
+    crew: Crew
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     faults: dict[str, Fault] = field(default_factory=dict)
     """The last fault of each component; a later success takes it away."""
@@ -112,7 +114,12 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
     run = _own_run()
     namespace = settings.athena_namespace
     set_id = source or SetId(namespace, _timestamp(run))
-    operation = Operation.lasting(settings.athena_operation_timeout_seconds)
+    rate = settings.athena_rate_limit_mb
+    operation = Operation.lasting(
+        settings.athena_operation_timeout_seconds, bytes_per_second=rate * 1_000_000 if rate is not None else None
+    )
+    # For the run's own process, which its children are like; the service's others answer people.
+    os.nice(settings.athena_nice)
     with get_client(sync_client=True) as client:
         lease = _adopt(client, namespace, run) if kind != COPY else _own_copy_slot(client, namespace)
         try:
@@ -127,7 +134,7 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
             raise
     progress = ProgressArtifact(operation, run.id)
     with held(lease, operation, run_id=run.id, every_look=progress.publish), _signals(operation):
-        working = Working(settings, store, operation, run.id, set_id, threading.BoundedSemaphore(settings.athena_jobs))
+        working = Working(settings, store, operation, run.id, set_id, Crew(settings.athena_jobs))
         token = WORKING.set(working)
         try:
             yield working
@@ -137,21 +144,20 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
 
 
 def component_work(component: str, step: str, work: Callable[[Working], None]) -> None:
-    """The body of every component's task: run ``work`` in its turn, and keep the fault if it fails.
+    """The body of every component's task: run ``work``, and keep the fault if it fails. What moves bytes is the crew's.
 
     The error goes on to Prefect, which logs its trace and decides on a retry (`is_passing`).
     """
     working = WORKING.get()
-    with working.jobs:
-        began = time.monotonic()
-        try:
-            working.operation.check()
-            work(working)
-        except Exception as error:
-            working.faults[component] = fault_of(error, component=component, step=step)
-            raise
-        working.faults.pop(component, None)
-        working.seconds[component] = working.seconds.get(component, 0) + time.monotonic() - began
+    began = time.monotonic()
+    try:
+        working.operation.check()
+        work(working)
+    except Exception as error:
+        working.faults[component] = fault_of(error, component=component, step=step)
+        raise
+    working.faults.pop(component, None)
+    working.seconds[component] = working.seconds.get(component, 0) + time.monotonic() - began
 
 
 def is_passing(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -174,7 +180,7 @@ RETRYING: dict[str, Any] = {
 
 
 def task_threads() -> TaskRunner[PrefectFuture[Any]]:
-    """Threads for a flow's tasks; how many of them work at once is ATHENA_JOBS, which is read when the flow begins."""
+    """Threads for a flow's tasks, which hand their work to the crew and wait; ATHENA_JOBS is read when the flow begins."""
     return cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=16))
 
 

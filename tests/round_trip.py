@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import text
 
+from athena_backup.crew import Crew
 from athena_backup.manifest import Component
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
@@ -26,18 +27,29 @@ RESTORE = "0123456789ab"
 Make = Callable[..., Database]
 
 
-def dump(database: Database, store: Store) -> Component:
+ALL_BY_COPY = {"bulk_bytes": 0, "range_bytes": 64 << 10}
+"""Every table is read by a COPY of its own, and all but the smallest in several ranges."""
+
+
+def dump(database: Database, store: Store, *, jobs: int = 2, **sizes: int) -> Component:
     with hold_cut([database], Operation()) as cut:
-        return write_database(database, cut, store, SET, "run", Operation(), client_directories=[binaries()])
+        return write_database(
+            *(database, cut, store, SET, "run", Operation()),
+            crew=Crew(jobs),
+            client_directories=[binaries()],
+            **sizes,
+        )
 
 
-def stage(component: Component, target: Database, store: Store) -> StagedDatabase:
+def stage(component: Component, target: Database, store: Store, *, jobs: int = 2) -> StagedDatabase:
     assert preflight_database(component, target, RESTORE, [binaries()]) == []
-    return stage_database(component, target, store, RESTORE, Operation(), client_directories=[binaries()])
+    return stage_database(
+        component, target, store, RESTORE, Operation(), crew=Crew(jobs), client_directories=[binaries()]
+    )
 
 
-def restore(component: Component, target: Database, store: Store) -> None:
-    staged = stage(component, target, store)
+def restore(component: Component, target: Database, store: Store, *, jobs: int = 2) -> None:
+    staged = stage(component, target, store, jobs=jobs)
     switch_database(target, staged.oid, RESTORE, "app", Operation())
     discard_staging(target, RESTORE)
 

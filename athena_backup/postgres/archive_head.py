@@ -20,6 +20,7 @@ _LIMIT_BYTES = 64 << 20
 """A table of contents beyond this (some 100,000 objects) fails the dump: it can't be proven at a restore."""
 # Number, catalog and OID of the entry, then its kind; other entries may have these words in their names.
 _SEQUENCE_SET = re.compile(rb"^\d+; \d+ \d+ SEQUENCE SET .*$", re.MULTILINE)
+_TABLE_DATA = re.compile(rb"^\d+; \d+ (\d+) TABLE DATA ", re.MULTILINE)
 _SETVAL = re.compile(r"^SELECT pg_catalog\.setval\(E?'((?:[^']|'')*)', (-?\d+), (true|false)\);$", re.MULTILINE)
 _IDENTIFIER = re.compile(r'"((?:[^"]|"")*)"|([^."]+)')
 
@@ -37,6 +38,7 @@ class ArchiveHead:
         self._head = bytearray()
         self._next_look = _FIRST_LOOK_BYTES
         self._found: list[SequenceState] | None = None
+        self._tables: frozenset[int] = frozenset()
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the dump."""
@@ -61,16 +63,40 @@ class ArchiveHead:
             )
         return self._found
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether what it was fed holds the whole table of contents."""
+        return self._found is not None
+
+    @property
+    def content(self) -> bytes:
+        """The head itself, from which `pg_restore` can make everything but data; raises like `sequences`."""
+        self.sequences()
+        return bytes(self._head)
+
+    def listing(self, section: str) -> bytes:
+        """`pg_restore`'s list of the entries of one section; raises like `sequences`."""
+        with unnamed_file(self.content) as head:
+            listed = self._run([f"--section={section}", "--list", head])
+        if listed is None:
+            raise FinalError("pg_restore can't list what it has just listed", step="reading")
+        return listed
+
+    def tables(self) -> frozenset[int]:
+        """The OIDs of the tables whose rows the dump holds; raises like `sequences`."""
+        self.sequences()
+        return self._tables
+
     def _look(self) -> None:
-        with _unnamed_file(bytes(self._head)) as head:
+        with unnamed_file(bytes(self._head)) as head:
             listing = self._run(["--list", head])
             if listing is None:
                 return
-            with _unnamed_file(b"\n".join(_SEQUENCE_SET.findall(listing)) + b"\n") as entries:
+            with unnamed_file(b"\n".join(_SEQUENCE_SET.findall(listing)) + b"\n") as entries:
                 sql = self._run(["--section=data", f"--use-list={entries}", "--file=-", head])
         if sql is not None:
+            self._tables = frozenset(map(int, _TABLE_DATA.findall(listing)))
             self._found = [_state(*match) for match in _SETVAL.findall(sql.decode(self._codec))]
-            self._head.clear()
 
     def _run(self, arguments: list[str]) -> bytes | None:
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
@@ -81,8 +107,8 @@ class ArchiveHead:
 
 
 @contextlib.contextmanager
-def _unnamed_file(content: bytes) -> Iterator[str]:
-    """A file in memory that a child of ours can open by name: a dump's bytes don't belong onto a local disk."""
+def unnamed_file(content: bytes) -> Iterator[str]:
+    """The path of a file in memory that a child of ours can open by name: a dump's bytes don't belong onto a local disk."""
     descriptor = os.memfd_create("athena-head", os.MFD_CLOEXEC)
     with open(descriptor, "wb", buffering=0) as file:
         file.write(content)

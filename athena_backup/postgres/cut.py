@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import psycopg
 import sqlalchemy
 from sqlalchemy import Connection, text
 
@@ -22,6 +21,7 @@ from athena_backup.postgres.held import Held, Table, lost_holder, ping, waiting_
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
+    driver_of,
     run_sql,
     session,
     translated,
@@ -157,11 +157,8 @@ def _quiet(database: Database) -> Iterator[Connection]:
 
 def _refuse_pooler(connection: Connection) -> None:
     # The pid that the server named at connection is the backend's own; a pooler makes one up.
-    driver = connection.connection.driver_connection
-    if not isinstance(driver, psycopg.Connection):
-        raise TypeError("only sessions of psycopg can hold a cut")
     pid = connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
-    if driver.info.backend_pid != pid:
+    if driver_of(connection).info.backend_pid != pid:
         raise FinalError(
             "the database is reached through a connection pooler, which can't hold a snapshot",
             next_step="give the address of the PostgreSQL server itself in ATHENA_DATABASES",

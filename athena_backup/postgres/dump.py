@@ -1,4 +1,6 @@
-"""One database into the store: `pg_dump` under the cut's snapshot, as a stream, believed only when everything ended well.
+"""One database into the store: `pg_dump` under the cut's snapshot, as a stream, and beside it the bulk tables by COPY.
+
+Both are believed only when everything ended well, and when each table's rows are in exactly one of them.
 
 An exit code of 0 is not completeness ("PostgreSQL", section 2): stderr is read against the table of known warnings below,
 and a warning that is not on it fails the component.
@@ -6,23 +8,36 @@ and a warning that is not on it fails the component.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
+from athena_backup.crew import Crew, Turn, Unit
 from athena_backup.errors import AthenaError, FinalError, PassingError
-from athena_backup.manifest import Component, SequenceState, Stream, component_folder
+from athena_backup.manifest import Component, Part, Stream, TableCount, component_folder
 from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.copy import (
+    BULK_BYTES,
+    RANGE_BYTES,
+    BulkTable,
+    RangeReading,
+    TableRange,
+    bulk_tables,
+    count_rows,
+    rows_of,
+)
 from athena_backup.postgres.cut import Cut
-from athena_backup.postgres.facts import expected_bytes, read_facts, with_dump
+from athena_backup.postgres.facts import read_facts, table_sizes, translating, with_dump
 from athena_backup.postgres.held import Held
-from athena_backup.postgres.sessions import Database, codec, connection_string, libpq_environment
+from athena_backup.postgres.sessions import Database, codec, connection_string, driver_of, libpq_environment
 from athena_backup.process import STDERR_LIMIT_LINES, Ended, running
 from athena_backup.store import Store
 
@@ -30,6 +45,7 @@ DUMP = "dump.pgc.zst"
 _CHUNK_BYTES = 256 << 10
 _MAGIC = b"PGDMP"
 _LOCK_WAIT_MILLISECONDS = 60_000
+_CATALOGS_BYTES = 64 << 20
 _GLOBALS_LIMIT_BYTES = 64 << 20
 
 # What pg_dump may say without being wrong. True: something was left out, and the manifest has to say so.
@@ -53,13 +69,19 @@ def write_database(
     run_id: str,
     operation: Operation,
     *,
+    crew: Crew | None = None,
     client_directories: Sequence[Path] = (),
     part_limit_bytes: int = PART_LIMIT_BYTES,
+    bulk_bytes: int = BULK_BYTES,
+    range_bytes: int = RANGE_BYTES,
 ) -> Component:
     """Dump one database of the cut into a new attempt's folder and return its complete `Component`.
 
+    ``crew`` does the work; without one, one unit is done after the other. Tables of ``bulk_bytes`` or more are read by
+    COPY, in ranges of about ``range_bytes``. component.json is the caller's.
+
     Raises the fault that the cut has for it, `FinalError` for a `pg_dump` that ended badly or said something unknown,
-    `PassingError` for a broken connection while the holders live, and the store's errors. component.json is the caller's.
+    `PassingError` for a broken connection while the holders live, and the store's errors.
     """
     held = cut.of(database.name)
     began = datetime.now(UTC)
@@ -68,18 +90,51 @@ def write_database(
     client = find_client("pg_dump", held.identity.version, client_directories)
     lister = find_client("pg_restore", client_version(client), [client.parent])
     head = ArchiveHead(lister, codec(held.reader), operation)
-    operation.expect(database.name, expected_bytes(held, operation))
-    facts = read_facts(held, operation)
-    dump = _Dump(held, client, head, facts.encoding)
-    parts = write_stream(
-        Source(database.name, dump.chunks),
-        store,
-        lambda number: f"{folder}{DUMP}.{number:04}",
-        operation,
-        part_limit_bytes=part_limit_bytes,
-    )
-    held.check()
-    sequences: Sequence[SequenceState] = head.sequences()
+    sizes = table_sizes(held, operation)
+    operation.expect(database.name, sum(sizes.values()))
+    with translating(held, operation):
+        bulk = bulk_tables(held, bulk_bytes=bulk_bytes)
+    bulk_oids = {table.oid for table in bulk}
+    dump = _Dump(held, client, head, bulk)
+
+    def write(name: str, chunks: Callable[[Operation], Iterator[bytes]]) -> tuple[Part, ...]:
+        return write_stream(
+            Source(database.name, chunks),
+            store,
+            lambda number: f"{folder}{name}.{number:04}",
+            operation,
+            part_limit_bytes=part_limit_bytes,
+        )
+
+    def write_range(of: TableRange, turn: Turn) -> Stream:
+        reading = RangeReading(held, of, turn)
+        parts = write(of.stream_name, reading.chunks)
+        return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
+
+    small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
+    ranges = [one for table in bulk for one in table.ranges(range_bytes)]
+    split = [table for table in bulk if sum(of.table is table for of in ranges) > 1]
+    units: list[Unit[Any]] = [
+        # However little it holds, it reads every catalog first.
+        Unit(
+            small_bytes + _CATALOGS_BYTES, lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn)))
+        ),
+        Unit(small_bytes, lambda _: read_facts(held, operation, uncounted=bulk_oids)),
+        *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
+        *(Unit(table.size_bytes, partial(count_rows, held, table, operation)) for table in split),
+    ]
+    stream, facts, *rest = (crew or Crew(1)).run(units)
+    held.prove()
+    streams, counts = rest[: len(ranges)], rest[len(ranges) :]
+    _check_tables(head.tables(), sizes.keys() - bulk_oids, bulk_oids)
+    rows = rows_of(streams)
+    for table, count in zip(split, counts, strict=True):
+        if rows[table.schema_name, table.name] != count:
+            raise FinalError(
+                f"the ranges of {table.full_name} have {rows[table.schema_name, table.name]} rows, the table has {count}",
+                next_step="report it, with the server's version",
+                step="copying",
+            )
     version = client_version(client)
     return Component(
         name=database.name,
@@ -89,27 +144,48 @@ def write_database(
         state="complete",
         began=began,
         ended=datetime.now(UTC),
-        streams=(Stream(name=DUMP, parts=parts),),
+        streams=(stream, *streams),
         server=held.server,
-        database=with_dump(facts, dump.omitted, sequences, f"{version // 10_000}.{version % 10_000}"),
+        database=with_dump(
+            facts,
+            dump.omitted,
+            head.sequences(),
+            f"{version // 10_000}.{version % 10_000}",
+            [TableCount(schema_name=table[0], name=table[1], rows=count) for table, count in rows.items()],
+        ),
     )
+
+
+def _check_tables(dumped: Collection[int], small: Collection[int], bulk: Collection[int]) -> None:
+    """Raise `FinalError` unless each table's rows are in exactly one of dump and streams, whatever pg_dump made of our words."""
+    if twice := set(dumped) & set(bulk):
+        raise FinalError(
+            f"pg_dump wrote the rows of tables that were left to COPY: OIDs {sorted(twice)[:5]}", step="dumping"
+        )
+    if missing := set(small) - set(dumped):
+        raise FinalError(f"pg_dump left out the rows of tables: OIDs {sorted(missing)[:5]}", step="dumping")
 
 
 class _Dump:
     """One run of `pg_dump` as a `Source`; ``omitted`` is known when its chunks have ended."""
 
-    def __init__(self, held: Held, client: Path, head: ArchiveHead, encoding: str) -> None:
-        self._encoding = encoding
+    def __init__(self, held: Held, client: Path, head: ArchiveHead, left_out: Sequence[BulkTable]) -> None:
         self._held = held
         self._client = client
         self._head = head
+        self._left_out = left_out
         self.omitted: list[str] = []
 
-    def chunks(self, operation: Operation) -> Iterator[bytes]:
+    def chunks(self, turn: Turn, operation: Operation) -> Iterator[bytes]:
         """The dump's bytes; ends without an error only if pg_dump ended well and the holders still live."""
+        driver = driver_of(self._held.reader)
+        names = [table.full_name.encode(driver.info.encoding) for table in self._left_out]
         command = [
-            *(str(self._client), "--format=custom", "--compress=0", "--no-password", f"--encoding={self._encoding}"),
+            *(str(self._client), "--format=custom", "--compress=0", "--no-password"),
+            f"--encoding={driver.info.parameter_status('server_encoding')}",
             *(f"--snapshot={self._held.snapshot}", f"--lock-wait-timeout={_LOCK_WAIT_MILLISECONDS}"),
+            # As bytes of the database's encoding, in which pg_dump reads them, not of this machine's locale.
+            *(os.fsdecode(b"--exclude-table-data=" + name) for name in names),
         ]
         environment = {
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
@@ -122,6 +198,7 @@ class _Dump:
             while chunk := os.read(descriptor, _CHUNK_BYTES):
                 operation.check()
                 self._held.check()
+                turn.check()
                 if seen_bytes == 0 and not chunk.startswith(_MAGIC):
                     raise FinalError("pg_dump wrote something that is no dump", step="dumping")
                 seen_bytes += len(chunk)

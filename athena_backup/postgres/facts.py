@@ -5,7 +5,7 @@ read every catalog that is asked here.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import sqlalchemy
 from sqlalchemy import Connection, text
@@ -18,7 +18,7 @@ from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql, tra
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.
 _COUNTED_TABLES = text(
-    "SELECT n.nspname AS schema_name, c.relname AS name, pg_catalog.pg_table_size(c.oid)::bigint AS size_bytes"
+    "SELECT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name, pg_catalog.pg_table_size(c.oid)::bigint AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
     " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
@@ -69,15 +69,16 @@ _ROLES = text(
 )
 
 
-def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
+def read_facts(held: Held, operation: Operation, *, uncounted: Collection[int] = ()) -> DatabaseFacts:
     """All facts but the dump's own (its warnings, ``sequences``, ``dump_version``), under the snapshot of the cut.
 
-    Raises the driver's errors translated; a table hidden by row-level security is an error, never a lower count.
+    The rows of tables whose OIDs are in ``uncounted`` are left for `with_dump` to tell. Raises the driver's errors
+    translated; a table hidden by row-level security is an error, never a lower count.
     """
-    with _translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
+    with translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
         reader = held.reader
         database = _database_row(reader, held.identity.version)
-        counts = _count_rows(reader, operation)
+        counts = _count_rows(reader, operation, uncounted)
         return DatabaseFacts(
             server=held.server.number if held.server else 0,
             database=held.database.database,
@@ -101,7 +102,7 @@ def read_facts(held: Held, operation: Operation) -> DatabaseFacts:
 
 
 @contextlib.contextmanager
-def _translating(held: Held, operation: Operation) -> Iterator[None]:
+def translating(held: Held, operation: Operation) -> Iterator[None]:
     """The holder's session outlives the block, so nothing else turns the driver's errors into this project's own."""
     try:
         yield
@@ -113,18 +114,27 @@ def _translating(held: Held, operation: Operation) -> Iterator[None]:
         raise translated(error) from error
 
 
-def expected_bytes(held: Held, operation: Operation) -> int:
-    """About how many bytes a dump will have: what the tables take, without their indexes."""
-    with _translating(held, operation), held.reader_lock:
-        return sum(row.size_bytes or 0 for row in held.reader.execute(_COUNTED_TABLES))
+def table_sizes(held: Held, operation: Operation) -> dict[int, int]:
+    """What every table whose rows have to be in the backup takes in bytes, without its indexes, by OID."""
+    with translating(held, operation), held.reader_lock:
+        return {row.oid: row.size_bytes or 0 for row in held.reader.execute(_COUNTED_TABLES)}
 
 
 def with_dump(
-    facts: DatabaseFacts, omitted: Sequence[str], sequences: Sequence[SequenceState], version: str
+    facts: DatabaseFacts,
+    omitted: Sequence[str],
+    sequences: Sequence[SequenceState],
+    version: str,
+    counts: Sequence[TableCount] = (),
 ) -> DatabaseFacts:
-    """The facts completed by what the dump itself said."""
+    """The facts completed by what the dump itself said, and by the rows of the tables that were not counted."""
     return facts.model_copy(
-        update={"omitted": (*facts.omitted, *omitted), "sequences": tuple(sequences), "dump_version": version}
+        update={
+            "omitted": (*facts.omitted, *omitted),
+            "sequences": tuple(sequences),
+            "dump_version": version,
+            "tables": tuple(sorted([*facts.tables, *counts], key=lambda table: (table.schema_name, table.name))),
+        }
     )
 
 
@@ -187,10 +197,12 @@ def _hidden_user_mappings(reader: Connection) -> list[str]:
     ]
 
 
-def _count_rows(reader: Connection, operation: Operation) -> tuple[TableCount, ...]:
+def _count_rows(reader: Connection, operation: Operation, uncounted: Collection[int]) -> tuple[TableCount, ...]:
     counts = []
     for row in reader.execute(_COUNTED_TABLES).all():
         operation.check()
+        if row.oid in uncounted:
+            continue
         statement = f"SELECT count(*) FROM ONLY {quoted(row.schema_name)}.{quoted(row.name)}"  # noqa: S608 - quoted
         counts.append(
             TableCount(schema_name=row.schema_name, name=row.name, rows=run_sql(reader, statement).scalar_one())

@@ -69,7 +69,7 @@ _OURS = frozenset(
 )
 
 # Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
-_SESSION_SETTINGS = {
+READING_SETTINGS = {
     "row_security": "off",
     "search_path": "",
     "datestyle": "ISO",
@@ -195,26 +195,38 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
     try:
         with engine.connect() as connection:
             apply_settings(
-                connection, {**_SESSION_SETTINGS, "client_encoding": _client_encoding(connection), **(settings or {})}
+                connection, {**READING_SETTINGS, "client_encoding": _client_encoding(connection), **(settings or {})}
             )
             yield connection
     except sqlalchemy.exc.DBAPIError as error:
         raise translated(error) from error
+    except psycopg.Error as error:  # of a COPY, which goes past SQLAlchemy
+        raise translated_state(error.sqlstate or "", str(error)) from error
     finally:
         engine.dispose()
 
 
 def _client_encoding(connection: Connection) -> str:
     encoding: str = connection.execute(text("SELECT pg_catalog.current_setting('server_encoding')")).scalar_one()
-    return _CLIENT_ENCODINGS.get(encoding, encoding)
+    return client_encoding(encoding)
+
+
+def client_encoding(server_encoding: str) -> str:
+    """The client_encoding in which a database of that encoding is read and loaded."""
+    return _CLIENT_ENCODINGS.get(server_encoding, server_encoding)
+
+
+def driver_of(connection: Connection) -> "psycopg.Connection[Any]":
+    """The driver's own connection, for what SQLAlchemy has no words for."""
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError("every session of ours is psycopg's")
+    return driver
 
 
 def codec(connection: Connection) -> str:
     """The name of Python's codec for the bytes that ``connection`` sends and takes."""
-    driver = connection.connection.driver_connection
-    if not isinstance(driver, psycopg.Connection):
-        raise TypeError("only sessions of psycopg have a codec")
-    return driver.info.encoding
+    return driver_of(connection).info.encoding
 
 
 def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
@@ -232,9 +244,7 @@ def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
 @contextlib.contextmanager
 def cancelled_with(connection: Connection, operation: Operation) -> Iterator[None]:
     """While the block lasts, cancelling the operation cancels what ``connection`` is executing, in the server."""
-    driver = connection.connection.driver_connection
-    if not isinstance(driver, psycopg.Connection):
-        raise TypeError("only sessions of psycopg can be cancelled")
+    driver = driver_of(connection)
 
     def cancel() -> None:
         with contextlib.suppress(psycopg.Error):
@@ -294,8 +304,12 @@ def run_sql(connection: Connection, sql: str) -> CursorResult[Any]:
 def translated(error: sqlalchemy.exc.DBAPIError) -> AthenaError:
     """A driver's error as one of ours, by its SQLSTATE class (manual, appendix A), without URL or password."""
     origin = error.orig
-    state = getattr(origin, "sqlstate", None) or ""
-    message = " ".join(str(origin).split()) or type(origin).__name__
+    return translated_state(getattr(origin, "sqlstate", None) or "", str(origin) or type(origin).__name__)
+
+
+def translated_state(state: str, message: str) -> AthenaError:
+    """An SQLSTATE and its message as one of ours; an empty one: the connection was not made, or broke."""
+    message = " ".join(message.split())
     # libpq gives no SQLSTATE for a connection that was refused; its sentence is all there is.
     if state.startswith("28") or "password authentication failed" in message or "no password supplied" in message:
         return DeniedError(

@@ -6,22 +6,21 @@ dump of one database holds ("PostgreSQL", section 3). The live database is not t
 """
 
 import contextlib
-import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import sqlalchemy
 from sqlalchemy import Connection, text
 
-from athena_backup.errors import AthenaError, DamagedError, FinalError
+from athena_backup.crew import Crew
+from athena_backup.errors import DamagedError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
-from athena_backup.pipeline import read_stream
 from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.copy import rows_of
+from athena_backup.postgres.load import Loading
 from athena_backup.postgres.rename import (
     database_oid,
     drop_database,
@@ -35,13 +34,10 @@ from athena_backup.postgres.sessions import (
     Database,
     apply_settings,
     cancelled_with,
-    connection_string,
-    libpq_environment,
     quoted,
     run_sql,
     session,
 )
-from athena_backup.process import Ended, running
 from athena_backup.store import Store
 
 # These would hinder the loading's own later sessions, so they come last ("PostgreSQL", section 3).
@@ -51,8 +47,6 @@ _LOCALE_PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
 # catalog tells, and extensions may not add to it.
 _LIST_SETTINGS = ("local_preload_libraries", "search_path", "session_preload_libraries", "temp_tablespaces")
 _LIST_ITEM = re.compile(r'"((?:[^"]|"")*)"|([^",\s]+)')
-# pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
-_TRANSACTION_TIMEOUT_SINCE = 170_000
 
 
 @dataclass(frozen=True)
@@ -146,10 +140,12 @@ def stage_database(
     restore_id: str,
     operation: Operation,
     *,
+    crew: Crew | None = None,
     client_directories: Sequence[Path] = (),
 ) -> StagedDatabase:
     """Load the component into its staging database, dress it, and prove it whole; the live one serves on.
 
+    ``crew`` does the loading; without one, one thing is done after the other.
     Raises `DamagedError` for stored bytes that are not the written ones, `FinalError` for whatever `pg_restore` or the
     comparison finds; the caller discards the staging then.
     """
@@ -165,10 +161,10 @@ def stage_database(
         raise FinalError(f"the staging database {name} vanished while it was made")
     client = restoring_client(facts, server, client_directories)
     staging_url = target.url.set(database=name)
-    _load(component, Database(component.name, staging_url), client, server, store, operation)
+    Loading(component, Database(component.name, staging_url), client, server, store, operation).run(crew or Crew(1))
     with session(staging_url) as inside, cancelled_with(inside, operation):
         inside.execute(text("ANALYZE"))
-        _prove(inside, facts, component.name)
+        _prove(inside, facts, component)
         dress(inside, name, facts)
     return StagedDatabase(name, oid)
 
@@ -182,80 +178,16 @@ def restoring_client(facts: DatabaseFacts, server: int, directories: Sequence[Pa
     return client
 
 
-def _load(
-    component: Component, staging: Database, client: Path, server: int, store: Store, operation: Operation
-) -> None:
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(staging.url)}
-    command = [str(client), "--no-password", f"--dbname={connection_string(staging.database)}"]
-    sets_unknown = server < _TRANSACTION_TIMEOUT_SINCE <= client_version(client)
-    if not sets_unknown:
-        command.append("--exit-on-error")
-    with running(command, operation, environment=environment, reads=True) as child:
-        feeding = _Feeding(child.stdin, component, store, operation)
-        thread = threading.Thread(target=feeding.run, name=f"feed-{component.name}", daemon=True)
-        thread.start()
-        ended = child.wait(operation)
-        # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
-        thread.join()
-    operation.check()  # a cancelled operation kills the child: that is no failure of pg_restore
-    if feeding.error is not None:
-        raise feeding.error
-    if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):
-        raise FinalError(ended.how(), next_step="the live database is untouched; correct the cause and restore again")
-    if not feeding.finished:
-        raise FinalError("pg_restore ended before it had read the whole dump")
-
-
-def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
-    """Whether the one error of a `pg_restore` that went on after errors was that the server is too old for that setting.
-
-    A dump of `pg_dump` 17 or newer can be read by no older `pg_restore`, so there is none that suits an older server.
-    """
-    errors = [line for line in ended.stderr if line.startswith("pg_restore: error:")]
-    return (
-        ended.exit_code == 1
-        and len(errors) == 1
-        and "Command was: SET transaction_timeout = 0;" in ended.stderr
-        and ended.stderr[-1] == "pg_restore: warning: errors ignored on restore: 1"
-    )
-
-
-class _Feeding:
-    """A thread's work: the stored stream into the child's stdin, to its verified end."""
-
-    def __init__(self, stdin: IO[bytes], component: Component, store: Store, operation: Operation) -> None:
-        # The thread owns a descriptor of its own, and the pipe object is closed as such: closing the bare number under it
-        # would let the object close it once more, when it may already be some other thread's file (seen).
-        self._descriptor = os.dup(stdin.fileno())
-        stdin.close()
-        self._component = component
-        self._store = store
-        self._operation = operation
-        self.error: AthenaError | None = None
-        self.finished = False
-
-    def run(self) -> None:
-        try:
-            for stream in self._component.streams:
-                for chunk in read_stream(self._component.name, stream.parts, self._store, self._operation):
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[os.write(self._descriptor, view) :]
-            self.finished = True
-        except BrokenPipeError:
-            return  # the child's exit code tells why it stopped reading
-        except AthenaError as error:
-            self.error = error
-        finally:
-            os.close(self._descriptor)
-
-
-def _prove(inside: Connection, facts: DatabaseFacts, component: str) -> None:
+def _prove(inside: Connection, facts: DatabaseFacts, component: Component) -> None:
     """Compare row counts and sequences with what the manifest promises: an exit code of 0 alone proves nothing."""
     wrong = []
+    loaded = rows_of(component.streams)
     for table in facts.tables:
         name = f"{quoted(table.schema_name)}.{quoted(table.name)}"
-        rows = run_sql(inside, f"SELECT count(*) FROM ONLY {name}").scalar_one()  # noqa: S608 - quoted identifiers
+        # Of a table that was loaded by COPY the server has told how many rows it took, stream by stream.
+        rows = loaded.get((table.schema_name, table.name))
+        if rows is None:
+            rows = run_sql(inside, f"SELECT count(*) FROM ONLY {name}").scalar_one()  # noqa: S608 - quoted identifiers
         if rows != table.rows:
             wrong.append(f"{table.schema_name}.{table.name} has {rows} rows instead of {table.rows}")
     for sequence in facts.sequences:
@@ -272,7 +204,7 @@ def _prove(inside: Connection, facts: DatabaseFacts, component: str) -> None:
         raise DamagedError(
             f"the staged database is not what the manifest promises: {'; '.join(wrong[:5])}",
             next_step="the live database is untouched; restore another set",
-            component=component,
+            component=component.name,
             step="comparing",
         )
 

@@ -143,6 +143,7 @@ def cut_at_folders(raw: bytes) -> list[bytes]:
     return [piece + END for piece in pieces]
 
 
+@pytest.mark.parametrize("sizes", [{}, {"bulk_bytes": 0, "range_bytes": 500_000}], ids=["dump", "rows-apart"])
 @pytest.mark.parametrize("source_version", [180_000, 150_000], ids=["of-today", "of-a-server-without-a-setting"])
 @pytest.mark.parametrize("name", ['it\'s "odd" ü', "-dash", "host=nowhere"])
 def test_a_database_is_restored_by_restore_md_alone(
@@ -152,11 +153,13 @@ def test_a_database_is_restored_by_restore_md_alone(
     tools: str,
     name: str,
     source_version: int,
+    sizes: dict[str, int],
 ) -> None:
     database = make_database(
         name,
         "CREATE TABLE t AS SELECT i, repeat(md5(i::text), 20) AS v FROM generate_series(1, 5000) AS i;"
-        "ALTER TABLE t ADD PRIMARY KEY (i); SELECT lo_from_bytea(4711, 'large')",
+        "ALTER TABLE t ADD PRIMARY KEY (i); SELECT lo_from_bytea(4711, 'large');"
+        """CREATE TABLE "odd's ""%"" $x" (at tsvector, "c'" text); INSERT INTO "odd's ""%"" $x" VALUES ('a', E'ü\\t\\\\')""",
     )
     with hold_cut([database], Operation()) as cut:
         component = write_database(
@@ -168,7 +171,11 @@ def test_a_database_is_restored_by_restore_md_alone(
             Operation(),
             client_directories=[binaries()],
             part_limit_bytes=20_000,
+            **sizes,
         )
+    assert {stream.table.format for stream in component.streams if stream.table} == (
+        {"binary", "text"} if sizes else set()
+    )
     assert len(component.parts) >= 3
     assert component.server is not None
     older = component.server.model_copy(update={"version": source_version})
@@ -179,7 +186,8 @@ def test_a_database_is_restored_by_restore_md_alone(
     def content() -> tuple[object, ...]:
         with session(postgres.url(name)) as connection:
             sums = run_sql(connection, "SELECT count(*), sum(hashtext(v)) FROM public.t").one()
-            return (*sums, run_sql(connection, "SELECT lo_get(4711)").scalar_one())
+            odd = run_sql(connection, """SELECT * FROM public."odd's ""%"" $x" """).one()
+            return (*sums, *odd, run_sql(connection, "SELECT lo_get(4711)").scalar_one())
 
     before = content()
     with session(postgres.url()) as connection:

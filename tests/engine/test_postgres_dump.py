@@ -60,7 +60,11 @@ def back_up(
     database: Database, store: LocalStore, cut: Cut, operation: Operation | None = None, first: Path | None = None
 ) -> Component:
     directories = [binaries()] if first is None else [first, binaries()]
-    return write_database(database, cut, store, SET, "run", operation or Operation(), client_directories=directories)
+    return write_database(
+        *(database, cut, store, SET, "run", operation or Operation()),
+        client_directories=directories,
+        bulk_bytes=1 << 50,  # what COPY reads is test_postgres_copy's
+    )
 
 
 def facts(component: Component) -> DatabaseFacts:

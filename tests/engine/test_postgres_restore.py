@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from round_trip import RESTORE, Make, dump, restore, rows, stage
+from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage
 from sqlalchemy import URL
 
 from athena_backup.errors import DamagedError, FinalError
@@ -14,6 +14,7 @@ from athena_backup.manifest import SequenceState, Setting
 from athena_backup.operation import Operation
 from athena_backup.postgres import clients, embedded
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
+from athena_backup.postgres.load import failed_only_to_set_transaction_timeout
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import database_oid
 from athena_backup.postgres.sessions import Database, libpq_environment, run_sql, session
@@ -21,7 +22,6 @@ from athena_backup.postgres.staging import (
     discard_staging,
     dress,
     facts_of,
-    failed_only_to_set_transaction_timeout,
     stage_database,
 )
 from athena_backup.process import Ended
@@ -36,7 +36,10 @@ def stock_dump(url: URL, *options: str) -> list[str]:
     return [line for line in sql.splitlines() if not line.startswith("--")]
 
 
-def test_everything_a_database_can_hold_comes_back_equal(postgres: EmbeddedServer, local_store: LocalStore) -> None:
+@pytest.mark.parametrize("sizes", [{}, ALL_BY_COPY], ids=["as it comes", "all by COPY"])
+def test_everything_a_database_can_hold_comes_back_equal(
+    postgres: EmbeddedServer, local_store: LocalStore, sizes: dict[str, int]
+) -> None:
     server = postgres.url()
     names = ("asp", "airflow", "gogs", "exec", "metadata")
     build_databases(server, 0.01)
@@ -46,7 +49,9 @@ def test_everything_a_database_can_hold_comes_back_equal(postgres: EmbeddedServe
         data = {name: sorted(stock_dump(server.set(database=name), "--data-only")) for name in names}
         for name in names:
             target = Database(name, server.set(database=name))
-            component = dump(target, local_store)
+            component = dump(target, local_store, **sizes)
+            tables = [table for table in facts_of(component).tables if table.rows]
+            assert not sizes or len(component.streams) > len(tables)
             with session(server) as connection:
                 run_sql(connection, f"DROP DATABASE {name} WITH (FORCE)")
             restore(component, target, local_store)

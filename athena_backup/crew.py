@@ -1,0 +1,115 @@
+"""The one budget of an operation: so many units of work at once, the biggest first, whichever component they belong to.
+
+Every component hands its units (a dump, a range of a table, an archive) to the same crew and waits for them. So a last big
+table is not read alone while nine others wait for nobody, and five databases don't start five times as many connections.
+"""
+
+import contextvars
+import heapq
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from athena_backup.errors import FinalError
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a unit is given when its turn comes."""
+
+    slots: int
+    """How many threads, connections or child processes it may use; 1 unless it said that it can use more."""
+    check: Callable[[], None]
+    """Raises when another unit of the same call has failed: nobody will use this one's result."""
+
+
+@dataclass(frozen=True)
+class Unit(Generic[_Result]):
+    """A piece of work that one thread does from beginning to end."""
+
+    size_bytes: int
+    """About how many bytes it has to move: the bigger goes first."""
+    work: Callable[[Turn], _Result]
+    is_elastic: bool = False
+    """Whether it can use every slot that nobody else waits for when its turn comes."""
+
+
+@dataclass
+class _Batch:
+    left: int
+    results: list[Any]
+    error: BaseException | None = None
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise FinalError("another part of the component failed")
+
+
+@dataclass(order=True)
+class _Waiting:
+    rank: tuple[int, int]
+    unit: Unit[Any] = field(compare=False)
+    batch: _Batch = field(compare=False)
+    index: int = field(compare=False)
+    context: contextvars.Context = field(compare=False)
+
+
+class Crew:
+    """At most ``jobs`` slots' worth of units at work at any moment, over all threads that call `run`."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._free = jobs
+        self._waiting: list[_Waiting] = []
+        self._count = 0
+        self._changed = threading.Condition()
+
+    def run(self, units: Sequence[Unit[_Result]]) -> list[_Result]:
+        """Do all ``units`` and return their results in their order; raises what the first one that fails raises.
+
+        Returns or raises only when none of them is at work any more. Must not be called from within a unit.
+        """
+        batch = _Batch(len(units), [None] * len(units))
+        with self._changed:
+            for index, unit in enumerate(units):
+                self._count += 1
+                rank = (-unit.size_bytes, self._count)
+                heapq.heappush(self._waiting, _Waiting(rank, unit, batch, index, contextvars.copy_context()))
+            self._start()
+            try:
+                while batch.left:
+                    self._changed.wait()
+            except BaseException as error:
+                # Whoever waits is told to stop (Prefect throws into its threads): so are they.
+                batch.error = batch.error or error
+                raise
+        if batch.error is not None:
+            raise batch.error
+        return batch.results
+
+    def _start(self) -> None:
+        """Start whatever there is a slot for; the lock is held."""
+        while self._free and self._waiting:
+            one = heapq.heappop(self._waiting)
+            if one.batch.error is not None:
+                one.batch.left -= 1
+                self._changed.notify_all()
+                continue
+            slots = self._free if one.unit.is_elastic and not self._waiting else 1
+            self._free -= slots
+            threading.Thread(target=self._do, args=(one, slots), name="crew", daemon=True).start()
+
+    def _do(self, one: _Waiting, slots: int) -> None:
+        try:
+            one.batch.results[one.index] = one.context.run(one.unit.work, Turn(slots, one.batch.check))
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the result
+            one.batch.error = one.batch.error or error
+        finally:
+            with self._changed:
+                self._free += slots
+                one.batch.left -= 1
+                self._changed.notify_all()
+                self._start()

@@ -1,0 +1,451 @@
+"""Bulk tables out and in by COPY, many at once, the biggest in ranges, all under the cut's snapshot ("PostgreSQL", 2 and 4).
+
+`pg_dump` reads everything else, and makes no data of these. asyncpg hands out COPY's bytes in pieces of up to 256 KiB where
+libpq hands out rows, so it is the one that reads; a load is the server's work, so any driver will do.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlencode
+
+import asyncpg
+from sqlalchemy import URL, text
+
+from athena_backup.crew import Turn
+from athena_backup.errors import AthenaError, DamagedError, FinalError, UnavailableError
+from athena_backup.manifest import Stream, TableData
+from athena_backup.operation import LOOK_SECONDS, Operation
+from athena_backup.pipeline import read_stream
+from athena_backup.postgres.held import Held
+from athena_backup.postgres.sessions import (
+    APPLICATION_NAME,
+    CONNECT_SECONDS,
+    READING_SETTINGS,
+    Database,
+    cancelled_with,
+    client_encoding,
+    driver_of,
+    quoted,
+    run_sql,
+    session,
+    translated_state,
+)
+from athena_backup.store import Store
+
+BULK_BYTES = 16 << 20
+"""Tables from this size on are taken out of the dump."""
+RANGE_BYTES = 128 << 20
+"""About how much of a table one COPY reads: the last one of a backup keeps a core busy alone for some two seconds."""
+_TABLES_LIMIT = 1_000
+"""pg_dump is told of each by a pattern in its command line."""
+_RANGES_LIMIT = 1_000
+_CTID_SCAN_SINCE = 140_000
+# Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
+_ESCAPES_SINCE = 130_000
+_LOCK_NOT_AVAILABLE = "55P03"
+_PIECE_BYTES = 256 << 10
+_AHEAD = 8
+
+# Types whose binary form is the same in every version since 10 and depends on no setting but client_encoding; of all others
+# (and of what extensions bring) only the text is sure to be read by a newer server.
+_BINARY_TYPES = (
+    *(
+        "bool",
+        "bytea",
+        "int2",
+        "int4",
+        "int8",
+        "float4",
+        "float8",
+        "numeric",
+        "text",
+        "varchar",
+        "bpchar",
+        "uuid",
+        "json",
+    ),
+    *("jsonb", "date", "time", "timetz", "timestamp", "timestamptz", "interval", "inet", "cidr", "macaddr", "macaddr8"),
+)
+# Ordinary tables that pg_dump would read, but members of extensions: of those it reads what the extension says.
+_TABLES = text(
+    "SELECT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name,"
+    " pg_catalog.pg_table_size(c.oid)::bigint AS size_bytes,"
+    " (pg_catalog.pg_relation_size(c.oid) / pg_catalog.current_setting('block_size')::bigint)::bigint AS blocks,"
+    " coalesce(m.amname OPERATOR(pg_catalog.=) 'heap', false) AS is_heap,"
+    " ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid"
+    " AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped AND a.attgenerated OPERATOR(pg_catalog.=) ''"
+    " ORDER BY a.attnum) AS columns,"
+    " NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) a.atttypid"
+    " LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND t.typlen OPERATOR(pg_catalog.=) -1"
+    " WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid"
+    " AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped AND a.attgenerated OPERATOR(pg_catalog.=) ''"
+    " AND NOT (coalesce(e.typnamespace, t.typnamespace) OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace"
+    " AND coalesce(e.typname, t.typname) OPERATOR(pg_catalog.=) ANY (CAST(:binary AS name[])))) AS is_binary"
+    " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+    " LEFT JOIN pg_catalog.pg_am m ON m.oid OPERATOR(pg_catalog.=) c.relam"
+    " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.oid OPERATOR(pg_catalog.=) ANY (CAST(:oids AS oid[]))"
+    " AND pg_catalog.pg_table_size(c.oid) OPERATOR(pg_catalog.>=) CAST(:bulk AS bigint)"
+    " AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
+    " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
+    " AND d.deptype OPERATOR(pg_catalog.=) 'e')"
+    " ORDER BY size_bytes DESC, c.oid LIMIT :limit"
+)
+# Of libpq's parameters, those that asyncpg knows by the same name (asyncpg manual, "Connection").
+_SHARED_PARAMETERS = frozenset(
+    {
+        "host",
+        "port",
+        "passfile",
+        "sslmode",
+        "sslcert",
+        "sslkey",
+        "sslrootcert",
+        "sslcrl",
+        "ssl_min_protocol_version",
+        "ssl_max_protocol_version",
+        "target_session_attrs",
+    }
+)
+
+
+@dataclass(frozen=True)
+class BulkTable:
+    """A table that is read by COPY."""
+
+    oid: int
+    schema_name: str
+    name: str
+    columns: tuple[str, ...]
+    is_binary: bool
+    blocks: int
+    """Of the table's own file, without what is stored out of line."""
+    size_bytes: int
+    can_be_split: bool
+
+    @property
+    def format(self) -> Literal["binary", "text"]:
+        """Which of COPY's forms it is read in."""
+        return "binary" if self.is_binary else "text"
+
+    @property
+    def full_name(self) -> str:
+        """The name for use in SQL; of pg_dump's patterns it matches this table alone ("pg_dump", Notes)."""
+        return f"{quoted(self.schema_name)}.{quoted(self.name)}"
+
+    @property
+    def ascii_name(self) -> str:
+        """The name for a session whose driver writes its SQL in UTF-8, whatever its client_encoding is."""
+        return f"{_ascii_quoted(self.schema_name)}.{_ascii_quoted(self.name)}"
+
+    @property
+    def is_ascii(self) -> bool:
+        """Whether the names of table and columns are plain ASCII."""
+        return all(name.isascii() for name in (self.schema_name, self.name, *self.columns))
+
+    def ranges(self, range_bytes: int) -> list["TableRange"]:
+        """The pieces in which it is read; together they have every block that it has or may yet get."""
+        count = min(-(-self.size_bytes // range_bytes), self.blocks, _RANGES_LIMIT) if self.can_be_split else 1
+        bounds = [number * self.blocks // max(count, 1) for number in range(1, count)]
+        return [
+            TableRange(self, number, first, last, self.size_bytes // max(count, 1))
+            for number, (first, last) in enumerate(zip([None, *bounds], [*bounds, None], strict=True))
+        ]
+
+
+@dataclass(frozen=True)
+class TableRange:
+    """The blocks of a table from ``first`` up to, and without, ``last``; None: no bound on that side."""
+
+    table: BulkTable
+    number: int
+    first: int | None
+    last: int | None
+    size_bytes: int
+
+    @property
+    def stream_name(self) -> str:
+        """File name of its stream inside the component's folder."""
+        return f"tables/{self.table.oid}.{self.number:04}.{'bin' if self.table.is_binary else 'txt'}.zst"
+
+    @property
+    def query(self) -> str | None:
+        """What selects its rows; None where it is the whole table, which COPY reads cheaper as such."""
+        table, columns = self.table, ", ".join(map(_ascii_quoted, self.table.columns))
+        if self.first is None and self.last is None and table.is_ascii:
+            return None
+        bounds = [f"ctid >= '({self.first},0)'"] if self.first is not None else []
+        bounds += [f"ctid < '({self.last},0)'"] if self.last is not None else []
+        where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
+        return f"SELECT {columns} FROM ONLY {table.ascii_name}{where}"  # noqa: S608 - quoted
+
+    def data(self, rows: int) -> TableData:
+        """What the manifest says of the range."""
+        return TableData(
+            schema_name=self.table.schema_name,
+            name=self.table.name,
+            columns=self.table.columns,
+            format=self.table.format,
+            rows=rows,
+        )
+
+
+def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
+    """The tables of a held database that are worth a COPY of their own, the biggest first.
+
+    None where the driver of the copies can't be told what the database's URL says. Raises SQLAlchemy's errors.
+    """
+    if unshared_parameters(held.database.url):
+        return []
+    parameters = {
+        "oids": [oid for oid, _, _ in held.locked],
+        "bulk": bulk_bytes,
+        "limit": _TABLES_LIMIT,
+        "binary": list(_BINARY_TYPES),
+    }
+    with held.reader_lock:
+        rows = held.reader.execute(_TABLES, parameters).all()
+    found = [
+        BulkTable(
+            row.oid,
+            row.schema_name,
+            row.name,
+            tuple(row.columns),
+            row.is_binary,
+            row.blocks,
+            row.size_bytes,
+            row.is_heap and held.identity.version >= _CTID_SCAN_SINCE,
+        )
+        for row in rows
+        if row.columns
+    ]
+    encoding = driver_of(held.reader).info.parameter_status("server_encoding")
+    can_be_named = held.identity.version >= _ESCAPES_SINCE and encoding != "SQL_ASCII"
+    return [table for table in found if can_be_named or table.is_ascii]
+
+
+def unshared_parameters(url: URL) -> list[str]:
+    """The parameters of a URL that libpq knows and asyncpg doesn't; such a database is read by pg_dump alone."""
+    return sorted(url.query.keys() - _SHARED_PARAMETERS)
+
+
+class RangeReading:
+    """One COPY of a range as a `Source`'s chunks; ``rows`` is known when they have ended.
+
+    The thread that takes the chunks runs the driver's event loop between them: while it compresses, the server fills the
+    socket's buffer, and when that is full, waits.
+    """
+
+    def __init__(self, held: Held, of: TableRange, turn: Turn) -> None:
+        self._held = held
+        self._of = of
+        self._turn = turn
+        self.rows = 0
+
+    def chunks(self, operation: Operation) -> Iterator[bytes]:
+        """COPY's bytes; raises `FinalError` for a lock that is refused, `PassingError` for a broken connection."""
+        with asyncio.Runner() as runner, self._told(operation):
+            connection = runner.run(self._connect())
+            try:
+                runner.run(self._enter_snapshot(connection))
+                yield from self._copied(connection, runner, operation)
+                runner.run(connection.close(timeout=CONNECT_SECONDS))
+            finally:
+                connection.terminate()
+
+    def _copied(self, connection: Any, runner: asyncio.Runner, operation: Operation) -> Iterator[bytes]:
+        pieces: asyncio.Queue[bytes | None] = asyncio.Queue(_AHEAD)
+
+        async def copy() -> str:
+            table, query = self._of.table, self._of.query
+            if query is None:
+                status: str = await connection.copy_from_table(
+                    table.name,
+                    schema_name=table.schema_name,
+                    columns=table.columns,
+                    format=table.format,
+                    output=pieces.put,
+                )
+            else:
+                status = await connection.copy_from_query(query, format=table.format, output=pieces.put)
+            await pieces.put(None)
+            return status
+
+        async def started() -> asyncio.Task[str]:
+            return asyncio.create_task(copy())
+
+        copying = runner.run(started())
+        try:
+            while True:
+                operation.check()
+                self._held.check()
+                self._turn.check()
+                piece = runner.run(_next(pieces, copying))
+                if piece is None:
+                    break
+                if piece:
+                    yield piece
+            self.rows = int(copying.result().removeprefix("COPY "))
+        finally:
+            if not copying.done():
+                # The server is told, and its answer awaited for a moment: a COPY that nobody reads would hold its lock.
+                copying.cancel()
+                runner.run(_settled(copying))
+
+    async def _connect(self) -> Any:
+        url = self._held.database.url
+        ours = {name: url.query[name] for name in url.query if name not in ("host", "port")}
+        host, port = url.host or url.query.get("host"), url.port or url.query.get("port")
+        return await asyncpg.connect(
+            f"postgresql://?{urlencode(ours)}",
+            host=list(host) if isinstance(host, tuple) else host,
+            port=[int(one) for one in port] if isinstance(port, tuple) else port and int(port),
+            user=url.username,
+            password=url.password,
+            database=url.database,
+            timeout=CONNECT_SECONDS,
+            statement_cache_size=0,
+            server_settings={"application_name": APPLICATION_NAME},
+        )
+
+    async def _enter_snapshot(self, connection: Any) -> None:
+        encoding = await connection.fetchval("SELECT pg_catalog.current_setting('server_encoding')")
+        settings = {**READING_SETTINGS, "client_encoding": client_encoding(encoding), "jit": "off"}
+        known = "SELECT pg_catalog.set_config(name, $2, false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) $1"
+        for name, value in settings.items():
+            await connection.fetch(known, "DateStyle" if name == "datestyle" else name, value)
+        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        await connection.execute(f"SET TRANSACTION SNAPSHOT '{self._held.snapshot}'")
+        await connection.execute(f"LOCK TABLE ONLY {self._of.table.ascii_name} IN ACCESS SHARE MODE NOWAIT")
+
+    @contextlib.contextmanager
+    def _told(self, operation: Operation) -> Iterator[None]:
+        """The driver's errors as this project's own, with the table's name."""
+        try:
+            yield
+        except asyncpg.PostgresError as error:
+            operation.check()
+            self._held.check()
+            if error.sqlstate == _LOCK_NOT_AVAILABLE:
+                raise self._refused() from error
+            raise self._named(translated_state(error.sqlstate or "", str(error))) from error
+        except (OSError, asyncpg.InterfaceError, TimeoutError) as error:
+            operation.check()
+            self._held.check()
+            raise self._named(UnavailableError(f"PostgreSQL: {error or type(error).__name__}")) from error
+
+    def _refused(self) -> FinalError:
+        waiting = "; ".join(self._held.waiting()) or "whoever waited is gone by now"
+        return FinalError(
+            f"the lock of table {self._of.table.full_name} was refused: {waiting}",
+            next_step="run DDL outside of backups",
+            step="locking the tables",
+        )
+
+    def _named(self, problem: AthenaError) -> AthenaError:
+        problem.cause = f"reading {self._of.table.full_name}: {problem.cause}"
+        problem.step = "copying"
+        return problem
+
+
+async def _next(pieces: "asyncio.Queue[bytes | None]", copying: "asyncio.Task[str]") -> bytes | None:
+    """The next piece; empty when there is none yet, None at the end."""
+    if pieces.empty():
+        if copying.done():
+            return None
+        try:
+            return await asyncio.wait_for(pieces.get(), LOOK_SECONDS)
+        except TimeoutError:
+            return b""
+    # The driver is let run on before the piece is worked on: whatever has come meanwhile is taken off the socket.
+    await asyncio.sleep(0)
+    return pieces.get_nowait()
+
+
+async def _settled(copying: "asyncio.Task[str]") -> None:
+    await asyncio.wait({copying}, timeout=5)
+
+
+def _ascii_quoted(identifier: str) -> str:
+    """An identifier as ASCII text, with escapes that the server turns into its own encoding (manual, 4.1.2.3)."""
+    if identifier.isascii():
+        return quoted(identifier)
+    escaped = "".join(
+        character if character.isascii() and character != "\\" else f"\\+{ord(character):06X}"
+        for character in identifier
+    )
+    return "U&" + quoted(escaped)
+
+
+def count_rows(held: Held, table: BulkTable, operation: Operation, _: Turn) -> int:
+    """How many rows a table has under the snapshot: what its ranges have to add up to. A crew's work."""
+    with session(held.database.url, {"max_parallel_workers_per_gather": "0"}) as connection:
+        run_sql(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        run_sql(connection, f"SET TRANSACTION SNAPSHOT '{held.snapshot}'")
+        with cancelled_with(connection, operation):
+            rows: int = run_sql(connection, f"SELECT count(*) FROM ONLY {table.full_name}").scalar_one()  # noqa: S608 - quoted
+        return rows
+
+
+def load_range(
+    component: str, stream: Stream, target: Database, store: Store, operation: Operation, turn: Turn, *, is_alone: bool
+) -> None:
+    """Load one stream of COPY's bytes into the staged table; ``is_alone`` says that it is the table's only one.
+
+    A table of one stream is emptied first in the same transaction, so that its rows can be written as frozen. Raises
+    `DamagedError` for other bytes or another number of rows than the manifest promises, and the driver's errors translated.
+    """
+    data = stream.table
+    if data is None:
+        raise FinalError(f"{stream.name} holds no table's rows")
+    table = f"{quoted(data.schema_name)}.{quoted(data.name)}"
+    statement = copy_statement(data, *(["FREEZE"] if is_alone else []))
+    with session(target.url, {"synchronous_commit": "off"}) as connection, cancelled_with(connection, operation):
+        run_sql(connection, "BEGIN")
+        if is_alone:
+            run_sql(connection, f"TRUNCATE ONLY {table}")
+        driver = driver_of(connection)
+        with driver.cursor() as cursor:
+            with cursor.copy(statement.encode(driver.info.encoding)) as copy:
+                for piece in _gathered(read_stream(component, stream.parts, store, operation)):
+                    turn.check()
+                    copy.write(piece)
+            rows = cursor.rowcount
+        if rows != data.rows:
+            raise DamagedError(
+                f"{table} got {rows} rows from {stream.name}, the manifest promises {data.rows}", step="loading"
+            )
+        run_sql(connection, "COMMIT")
+
+
+def copy_statement(data: TableData, *options: str) -> str:
+    """The COPY that loads a stream of rows."""
+    columns = ", ".join(map(quoted, data.columns))
+    how = ", ".join([f"FORMAT {data.format}", *options])
+    return f"COPY {quoted(data.schema_name)}.{quoted(data.name)} ({columns}) FROM STDIN ({how})"
+
+
+def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Small pieces joined: each one that is handed on costs the driver the same."""
+    waiting: list[bytes] = []
+    size_bytes = 0
+    for piece in pieces:
+        waiting.append(piece)
+        size_bytes += len(piece)
+        if size_bytes >= _PIECE_BYTES:
+            yield b"".join(waiting)
+            waiting.clear()
+            size_bytes = 0
+    if waiting:
+        yield b"".join(waiting)
+
+
+def rows_of(streams: Sequence[Stream]) -> dict[tuple[str, str], int]:
+    """How many rows the streams of each table hold together, by schema and name."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for data in (stream.table for stream in streams if stream.table is not None):
+        rows[data.schema_name, data.name] += data.rows
+    return dict(rows)

@@ -1,0 +1,191 @@
+"""A database's streams into its staging database ("PostgreSQL", section 4).
+
+A dump that holds everything goes into one `pg_restore`. Where bulk tables stand in streams of their own: first the schema,
+then the dump's data and all of those at once, then indexes, constraints, triggers and, last of all, the rights: an owner may
+have taken his own right to write from himself.
+"""
+
+import contextlib
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from athena_backup.crew import Crew, Turn, Unit
+from athena_backup.errors import AthenaError, FinalError
+from athena_backup.manifest import Component, Stream
+from athena_backup.operation import Operation
+from athena_backup.pipeline import read_part, read_stream
+from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
+from athena_backup.postgres.clients import client_version
+from athena_backup.postgres.copy import load_range
+from athena_backup.postgres.sessions import Database, connection_string, libpq_environment
+from athena_backup.process import Ended, running
+from athena_backup.store import Store
+
+# pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
+_TRANSACTION_TIMEOUT_SINCE = 170_000
+_SECTIONS = ("pre-data", "data", "post-data")
+# Number, catalog and OID of the entry, then its kind.
+_RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What is loaded into which staging database, and by which `pg_restore`."""
+
+    component: Component
+    staging: Database
+    client: Path
+    server: int
+    """The destination's version, such as 180006."""
+    store: Store
+    operation: Operation
+
+    def run(self, crew: Crew) -> None:
+        """Load everything; raises the first thing that fails: the staging database is of no use then."""
+        dump, *tables = self.component.streams
+        if not tables:
+            crew.run([Unit(self.component.raw_size_bytes, lambda _: self._restore(feed=dump))])
+            return
+        number = Counter((one.table.schema_name, one.table.name) for one in tables if one.table is not None)
+        head = self._head(dump)
+        with unnamed_file(head.content) as archive:
+            before, data, after = (self._entries(head, section) for section in _SECTIONS)
+            rights = [entry for entry in [*before, *data] if _RIGHTS.match(entry)]
+            crew.run([Unit(0, lambda _: self._restore(archive, entries=_but_rights(before)))])
+            crew.run(
+                [
+                    Unit(_size(dump), lambda _: self._restore(entries=_but_rights(data), feed=dump)),
+                    *(Unit(_size(one), partial(self._load, one, number)) for one in tables),
+                ]
+            )
+            crew.run(
+                [
+                    Unit(
+                        self.component.raw_size_bytes,
+                        lambda turn: self._restore(archive, entries=[*after, *rights], jobs=turn.slots),
+                        is_elastic=True,
+                    )
+                ]
+            )
+
+    def _head(self, dump: Stream) -> ArchiveHead:
+        head = ArchiveHead(self.client, "latin-1", self.operation)
+        with contextlib.closing(read_part(dump.parts[0], self.store, self.operation)) as chunks:
+            for chunk in chunks:
+                head.feed(chunk)
+                if head.is_whole:
+                    break
+        return head
+
+    def _entries(self, head: ArchiveHead, section: str) -> list[bytes]:
+        return [line for line in head.listing(section).splitlines() if line[:1].isdigit()]
+
+    def _load(self, stream: Stream, number: "Counter[tuple[str, str]]", turn: Turn) -> None:
+        is_alone = stream.table is not None and number[stream.table.schema_name, stream.table.name] == 1
+        load_range(self.component.name, stream, self.staging, self.store, self.operation, turn, is_alone=is_alone)
+
+    def _restore(
+        self,
+        archive: str | None = None,
+        *,
+        entries: Sequence[bytes] | None = None,
+        jobs: int = 1,
+        feed: Stream | None = None,
+    ) -> None:
+        """One run of pg_restore: of all ``entries`` of the archive or of the stream that is fed to it, or of some."""
+        command = [str(self.client), "--no-password", f"--dbname={connection_string(self.staging.database)}"]
+        sets_unknown = self.server < _TRANSACTION_TIMEOUT_SINCE <= client_version(self.client)
+        if not sets_unknown:
+            command += ["--exit-on-error", f"--jobs={jobs}"] if jobs > 1 else ["--exit-on-error"]
+        url = self.staging.url
+        environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
+        feeding = None
+        with contextlib.ExitStack() as stack:
+            if entries is not None:
+                chosen = b"".join(entry + b"\n" for entry in entries)
+                command.append(f"--use-list={stack.enter_context(unnamed_file(chosen))}")
+            if archive is not None:
+                command.append(archive)
+            child = stack.enter_context(
+                running(command, self.operation, environment=environment, reads=feed is not None)
+            )
+            if feed is not None:
+                feeding = _Feeding(child.stdin, self.component.name, feed, self.store, self.operation)
+            ended = child.wait(self.operation)
+            if feeding is not None:
+                # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
+                feeding.join()
+        self.operation.check()  # a cancelled operation kills the child: that is no failure of pg_restore
+        if feeding is not None and feeding.error is not None:
+            raise feeding.error
+        if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):
+            raise FinalError(
+                ended.how(), next_step="the live database is untouched; correct the cause and restore again"
+            )
+        if feeding is not None and not feeding.finished:
+            raise FinalError("pg_restore ended before it had read the whole dump")
+
+
+def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
+    """Whether the one error of a `pg_restore` that went on after errors was that the server is too old for that setting.
+
+    A dump of `pg_dump` 17 or newer can be read by no older `pg_restore`, so there is none that suits an older server.
+    """
+    errors = [line for line in ended.stderr if line.startswith("pg_restore: error:")]
+    return (
+        ended.exit_code == 1
+        and len(errors) == 1
+        and "Command was: SET transaction_timeout = 0;" in ended.stderr
+        and ended.stderr[-1] == "pg_restore: warning: errors ignored on restore: 1"
+    )
+
+
+def _but_rights(entries: Sequence[bytes]) -> list[bytes]:
+    return [entry for entry in entries if not _RIGHTS.match(entry)]
+
+
+def _size(stream: Stream) -> int:
+    return sum(part.raw_size_bytes for part in stream.parts)
+
+
+class _Feeding:
+    """A thread that hands a stored stream to a child's stdin, to its verified end."""
+
+    def __init__(self, stdin: IO[bytes], component: str, stream: Stream, store: Store, operation: Operation) -> None:
+        # The thread owns a descriptor of its own, and the pipe object is closed as such: closing the bare number under it
+        # would let the object close it once more, when it may already be some other thread's file (seen).
+        self._descriptor = os.dup(stdin.fileno())
+        stdin.close()
+        self._component = component
+        self._stream = stream
+        self._store = store
+        self._operation = operation
+        self.error: AthenaError | None = None
+        self.finished = False
+        self._thread = threading.Thread(target=self._run, name=f"feed-{component}", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until it has written everything, or found nobody who reads."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for chunk in read_stream(self._component, self._stream.parts, self._store, self._operation):
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
+            self.finished = True
+        except BrokenPipeError:
+            return  # the child's exit code tells why it stopped reading
+        except AthenaError as error:
+            self.error = error
+        finally:
+            os.close(self._descriptor)

@@ -1,0 +1,122 @@
+"""One budget for all components: never more at work than it has slots, the biggest first, and a failure stops its own only."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from athena_backup.crew import Crew, Turn, Unit
+from athena_backup.errors import FinalError
+
+
+class Gauge:
+    """Counts who is at work, and holds everybody until it is opened."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.order: list[object] = []
+        self.opened = threading.Event()
+        self._lock = threading.Condition()
+
+    def work(self, name: object, slots: Callable[[Turn], int] = lambda turn: turn.slots) -> Callable[[Turn], object]:
+        def work(turn: Turn) -> object:
+            with self._lock:
+                self.order.append(name)
+                self.now += slots(turn)
+                self.most = max(self.most, self.now)
+                self._lock.notify_all()
+            assert self.opened.wait(20)
+            with self._lock:
+                self.now -= slots(turn)
+            return name
+
+        return work
+
+    def await_begun(self, count: int) -> None:
+        with self._lock:
+            assert self._lock.wait_for(lambda: len(self.order) >= count, 20)
+
+
+def in_thread(call: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_many_callers_share_the_slots_and_get_their_own_results_in_order() -> None:
+    crew, gauge = Crew(3), Gauge()
+    results: dict[int, list[object]] = {}
+
+    def call(caller: int) -> None:
+        results[caller] = crew.run([Unit(1, gauge.work((caller, number))) for number in range(5)])
+
+    threads = [in_thread(lambda caller=caller: call(caller)) for caller in range(4)]  # type: ignore[misc]
+    gauge.await_begun(3)
+    gauge.opened.set()
+    for thread in threads:
+        thread.join(20)
+    assert gauge.most == 3
+    assert results == {caller: [(caller, number) for number in range(5)] for caller in range(4)}
+
+
+def test_the_biggest_goes_first_whoever_it_belongs_to() -> None:
+    crew, gauge = Crew(1), Gauge()
+    threads = [in_thread(lambda: crew.run([Unit(1, gauge.work("first"))]))]
+    gauge.await_begun(1)
+    threads.append(in_thread(lambda: crew.run([Unit(5, gauge.work("five")), Unit(20, gauge.work("twenty"))])))
+    threads.append(in_thread(lambda: crew.run([Unit(10, gauge.work("ten"))])))
+    while len(crew._waiting) < 3:
+        threading.Event().wait(0.001)
+    gauge.opened.set()
+    for thread in threads:
+        thread.join(20)
+    assert gauge.order == ["first", "twenty", "ten", "five"]
+
+
+def test_the_last_one_gets_every_slot_that_nobody_waits_for() -> None:
+    gauge = Gauge()
+    gauge.opened.set()
+    assert Crew(4).run([Unit(1, lambda turn: turn.slots, is_elastic=True)]) == [4]
+    assert Crew(4).run([Unit(1, lambda turn: turn.slots)]) == [1]
+    # The first still sees that another waits.
+    slots = Crew(4).run([Unit(2, lambda turn: turn.slots, is_elastic=True), Unit(1, gauge.work("other"))])
+    assert slots == [1, "other"]
+
+
+def test_the_first_failure_is_raised_when_nobody_is_at_work_and_the_rest_is_not_begun() -> None:
+    crew = Crew(2)
+    begun: list[str] = []
+    failed = threading.Event()
+
+    def fail(turn: Turn) -> None:
+        begun.append("fail")
+        failed.set()
+        raise FinalError("this one")
+
+    def go_on(turn: Turn) -> None:
+        begun.append("go on")
+        assert failed.wait(20)
+        while True:
+            turn.check()
+
+    with pytest.raises(FinalError, match="this one"):
+        crew.run([Unit(3, go_on), Unit(2, fail), Unit(1, lambda turn: begun.append("never"))])
+    assert sorted(begun) == ["fail", "go on"]
+    # Nothing of it is left: the crew serves the next.
+    assert crew.run([Unit(1, lambda turn: turn.slots, is_elastic=True)]) == [2]
+
+
+def test_a_failure_of_one_component_is_none_of_another() -> None:
+    crew, gauge = Crew(2), Gauge()
+    results: list[list[object]] = []
+    thread = in_thread(lambda: results.append(crew.run([Unit(1, gauge.work("other"))])))
+    gauge.await_begun(1)
+
+    def fail(turn: Turn) -> None:
+        raise FinalError("mine")
+
+    with pytest.raises(FinalError, match="mine"):
+        crew.run([Unit(1, fail)])
+    gauge.opened.set()
+    thread.join(20)
+    assert results == [["other"]]

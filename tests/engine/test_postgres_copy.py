@@ -1,0 +1,370 @@
+"""Bulk tables by COPY: every kind of table and value comes back equal, in ranges or whole, or the backup says why not."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage
+
+from athena_backup.crew import Crew
+from athena_backup.errors import AthenaError, DamagedError, FinalError, PassingError
+from athena_backup.manifest import Component, TableData
+from athena_backup.operation import Operation
+from athena_backup.pipeline import read_stream
+from athena_backup.postgres import copy
+from athena_backup.postgres.copy import BulkTable, TableRange, bulk_tables
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.sessions import Database, parse_database_url, run_sql, session
+from athena_backup.postgres.staging import discard_staging
+from athena_backup.store.local import LocalStore
+
+VALUES = """
+CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN positive AS int CHECK (VALUE > 0);
+CREATE TYPE pair AS (a int, b text);
+CREATE TABLE binary_kinds (b bool, y bytea, s int2, i int4 PRIMARY KEY, l int8, f float4, d float8, n numeric, t text,
+  v varchar(9), c char(5), u uuid, j json, jb jsonb, dt date, ti time, tz timetz, ts timestamp, tt timestamptz, iv interval,
+  ip inet, ci cidr, m macaddr, m8 macaddr8, ia int[], ta text[][]);
+INSERT INTO binary_kinds VALUES
+  (true, '\\x00ff5c', -32768, 1, 9223372036854775807, '-Infinity', 'NaN', 'Infinity', E'tab\\t\\\\N\\n"ü" %', 'v', 'c',
+   gen_random_uuid(), '{"a" : 1}', '{"a": [1, null]}', 'infinity', '24:00', '12:00+05:30', '-infinity', 'infinity',
+   '-1 mon 2 days -03:00:00.000001', '::1/64', '10.0.0.0/8', '08:00:2b:01:02:03', '08:00:2b:01:02:03:04:05',
+   '{1,NULL,3}', '[2:3][1:2]={{a,NULL},{"",b}}'),
+  (NULL, '', 0, 2, 0, '-0', 1e-308, 123456789012345678901234567890.000000000000000001, '', '', '', NULL, 'null', 'null',
+   '4713-01-01 BC', '00:00', NULL, '1999-12-31 23:59:59.999999', 'epoch', '0', '1.2.3.4', NULL, NULL, NULL, '{}', '{}');
+CREATE TABLE text_kinds (i int, m mood, p positive, pr pair, x tsvector, pt point, r int4range, b bit varying, o oid,
+  ma mood[], bl name);
+INSERT INTO text_kinds VALUES (1, 'sad', 7, '(1,"x,\\"y\\"")', 'fat:1A cat', '(1,2)', '[1,5)', B'10110', 4711, '{sad,ok}', 'n'),
+  (2, NULL, NULL, NULL, NULL, NULL, 'empty', B'', NULL, NULL, NULL);
+"""
+TABLES = """
+CREATE TABLE dropped (a int, gone text, b text, c int GENERATED ALWAYS AS (a * 2) STORED, id int GENERATED ALWAYS AS IDENTITY);
+INSERT INTO dropped (a, gone, b) SELECT i, 'gone', md5(i::text) FROM generate_series(1, 3000) i;
+ALTER TABLE dropped DROP COLUMN gone; ALTER TABLE dropped ADD COLUMN late text DEFAULT 'late';
+CREATE TABLE parent (i int, x text); CREATE TABLE child (y int) INHERITS (parent);
+INSERT INTO parent SELECT i, 'p' FROM generate_series(1, 2000) i; INSERT INTO child SELECT i, 'c', i FROM generate_series(1, 2000) i;
+CREATE TABLE parted (i int, x text) PARTITION BY HASH (i);
+CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+CREATE TABLE parted_1 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+INSERT INTO parted SELECT i, md5(i::text) FROM generate_series(1, 5000) i;
+CREATE UNLOGGED TABLE unlogged AS SELECT i FROM generate_series(1, 3000) i;
+CREATE TABLE toasted (i int, x text); ALTER TABLE toasted ALTER x SET STORAGE EXTERNAL;
+INSERT INTO toasted SELECT i, repeat(md5(i::text), 500) FROM generate_series(1, 40) i;
+CREATE TABLE nothing (); INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES;
+CREATE TABLE empty (i int);
+CREATE TABLE holes AS SELECT i, repeat('x', 100) x FROM generate_series(1, 9000) i; DELETE FROM holes WHERE i % 3 > 0 OR i > 8000;
+CREATE TABLE guarded AS SELECT i FROM generate_series(1, 3000) i; ALTER TABLE guarded ENABLE ROW LEVEL SECURITY;
+CREATE TABLE many (MANY); INSERT INTO many (c1, c700) SELECT i, i FROM generate_series(1, 300) i;
+CREATE VIEW looked AS SELECT * FROM dropped; CREATE MATERIALIZED VIEW kept AS SELECT count(*) FROM parted;
+ALTER TABLE dropped ADD PRIMARY KEY (id); CREATE INDEX ON parted (x);
+CREATE TABLE refers (id int REFERENCES dropped); INSERT INTO refers SELECT i FROM generate_series(1, 3000) i;
+CREATE FUNCTION loud() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'must not fire'; END$$;
+CREATE TRIGGER loud BEFORE INSERT ON refers FOR EACH ROW EXECUTE FUNCTION loud();
+CREATE RULE nowhere AS ON INSERT TO guarded DO INSTEAD NOTHING;
+""".replace("MANY", ", ".join(f"c{number} int" for number in range(1, 1400)))
+
+
+def content(database: Database) -> dict[str, list[tuple[object, ...]]]:
+    """Every table's rows as texts, sorted."""
+    names = rows(
+        database,
+        "SELECT quote_ident(relname) FROM pg_class WHERE relkind IN ('r', 'm') AND relnamespace = 'public'::regnamespace",
+    )
+    return {str(name): sorted(rows(database, f"SELECT t::text FROM ONLY public.{name} t")) for (name,) in names}
+
+
+def tables_by_copy(component: Component) -> dict[str, list[TableData]]:
+    found: dict[str, list[TableData]] = {}
+    for stream in component.streams:
+        if stream.table is not None:
+            found.setdefault(stream.table.name, []).append(stream.table)
+    return found
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_kind_of_table_comes_back_equal(make_database: Make, local_store: LocalStore, jobs: int) -> None:
+    database = make_database("kinds", TABLES)
+    before = content(database)
+    component = dump(database, local_store, jobs=jobs, **ALL_BY_COPY)
+    copied = tables_by_copy(component)
+    # A table without columns can't be named to COPY; pg_dump has it.
+    assert copied.keys() == before.keys() - {"nothing", "kept"}
+    assert len(copied["dropped"]) > 2
+    assert len(copied["toasted"]) == 1, "its own file has one block, the rest is stored out of line"
+    assert copied["dropped"][0].columns == ("a", "b", "id", "late")
+    with session(database.url) as connection:
+        run_sql(connection, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    restore(component, database, local_store, jobs=jobs)
+    assert content(database) == before
+
+
+def test_every_kind_of_value_comes_back_equal_and_only_sure_types_as_binary(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("values", VALUES)
+    before = content(database)
+    component = dump(database, local_store, **ALL_BY_COPY)
+    copied = tables_by_copy(component)
+    assert {name: data[0].format for name, data in copied.items()} == {"binary_kinds": "binary", "text_kinds": "text"}
+    restore(component, database, local_store)
+    assert content(database) == before
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "EUC_JP", "WIN1251", "UTF8"])
+def test_a_database_of_any_encoding_comes_back_byte_by_byte(
+    postgres: EmbeddedServer, local_store: LocalStore, encoding: str
+) -> None:
+    name = f"encoded_{encoding.lower()}"
+    text = {"LATIN1": "é", "EUC_JP": "日本", "WIN1251": "Ж"}.get(encoding, "日本 é")
+    with session(postgres.url()) as connection:
+        run_sql(
+            connection, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+        )
+    database = Database("encoded", postgres.url(name))
+    try:
+        with session(database.url, {"client_encoding": "UTF8"}) as connection:
+            run_sql(connection, f'CREATE TABLE public."{text}" (t text, "{text}" tsvector)')
+            run_sql(connection, f"""INSERT INTO public."{text}" SELECT '{text}' || i FROM generate_series(1, 2000) i""")
+            run_sql(connection, f'CREATE TABLE public."b{text}" AS SELECT t FROM public."{text}"')
+
+        def seen() -> list[tuple[object, ...]]:
+            with session(database.url, {"client_encoding": "UTF8"}) as connection:
+                query = " UNION ALL ".join(
+                    f'SELECT md5(string_agg(t, $$,$$ ORDER BY t)), count(*) FROM public."{table}"'
+                    for table in (text, f"b{text}")
+                )
+                return [tuple(row) for row in run_sql(connection, query)]
+
+        before = seen()
+        component = dump(database, local_store, **ALL_BY_COPY)
+        # What SQL_ASCII means by such a name, no other encoding can say: pg_dump has it.
+        formats = {"binary", "text"} if encoding != "SQL_ASCII" else set()
+        assert {data[0].format for data in tables_by_copy(component).values()} == formats
+        restore(component, database, local_store)
+        assert seen() == before
+    finally:
+        with session(postgres.url()) as connection:
+            run_sql(connection, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def bulk(blocks: int, size_bytes: int, *, can_be_split: bool = True) -> BulkTable:
+    return BulkTable(1, "s", 't"t', ("a",), True, blocks, size_bytes, can_be_split)
+
+
+@pytest.mark.parametrize(("blocks", "size_bytes"), [(0, 0), (1, 10), (7, 70), (1000, 8_000_000), (3, 1 << 40)])
+def test_the_ranges_of_a_table_have_every_block_once_and_those_that_come_later(blocks: int, size_bytes: int) -> None:
+    ranges = bulk(blocks, size_bytes).ranges(1000)
+    assert 1 <= len(ranges) <= max(1, min(blocks, 1000))
+    assert ranges[0].first is None
+    assert ranges[-1].last is None
+    assert [one.last for one in ranges[:-1]] == [one.first for one in ranges[1:]]
+    assert all(one.first is None or one.last is None or one.first < one.last for one in ranges)
+    assert len(bulk(blocks, size_bytes, can_be_split=False).ranges(1000)) == 1
+    assert [one.query is None for one in ranges] == [len(ranges) == 1] * len(ranges)
+
+
+def big_table(make_database: Make, name: str) -> Database:
+    return make_database(name, "CREATE TABLE t AS SELECT i, md5(i::text) x FROM generate_series(1, 200000) i")
+
+
+class MeddledStore(LocalStore):
+    """A store in which something happens when the first bytes of a table have come."""
+
+    def __init__(self, place: str, meddle: Callable[[], None]) -> None:
+        super().__init__(place)
+        self._meddle: Callable[[], None] | None = meddle
+        self._lock = threading.Lock()
+
+    def write(self, key: str, chunks):  # type: ignore[no-untyped-def]
+        def meddled() -> Iterator[bytes]:
+            for chunk in chunks:
+                yield chunk
+                with self._lock:
+                    meddle, self._meddle = (self._meddle, None) if "/tables/" in key else (None, self._meddle)
+                if meddle is not None:
+                    meddle()
+
+        return super().write(key, meddled())
+
+
+def back_up(
+    database: Database, store: LocalStore, operation: Operation | None = None, jobs: int = 2, range_bytes: int = 1 << 20
+) -> Component:
+    operation = operation or Operation()
+    with hold_cut([database], operation) as cut:
+        return write_database(
+            *(database, cut, store, dumping_set(), "run", operation),
+            crew=Crew(jobs),
+            client_directories=[binaries()],
+            bulk_bytes=0,
+            range_bytes=range_bytes,
+        )
+
+
+def dumping_set():  # type: ignore[no-untyped-def]
+    from round_trip import SET
+
+    return SET
+
+
+def test_a_copy_whose_connection_is_ended_may_be_tried_again(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    wide = "CREATE TABLE t AS SELECT i, repeat(md5(i::text), 8) x FROM generate_series(1, 200000) i"
+    database = make_database("ended", wide)
+
+    def end() -> None:
+        with session(postgres.url()) as admin:
+            run_sql(
+                admin,
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND datname = 'ended'",
+            )
+
+    with pytest.raises(PassingError, match=r'reading "public"\."t": PostgreSQL: '):
+        back_up(database, MeddledStore(local_store.location.place, end), jobs=1, range_bytes=1 << 30)
+    assert len(back_up(database, local_store).streams) > 3
+
+
+def test_ddl_that_queues_in_the_middle_fails_the_component_which_names_it(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = big_table(make_database, "queued")
+    truncating = threading.Thread(target=lambda: sql(database, "TRUNCATE t /* in the middle */"))
+
+    def queue() -> None:
+        truncating.start()
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'TRUNCATE%' AND wait_event_type = 'Lock'"
+        with session(postgres.url()) as admin:
+            while not run_sql(admin, waiting).scalar_one():
+                pass
+
+    with pytest.raises(
+        FinalError, match=r'lock of table "public"\."t" was refused: pid \d+ waits with .*in the middle'
+    ) as seen:
+        back_up(database, MeddledStore(local_store.location.place, queue), jobs=1)
+    assert seen.value.step == "locking the tables"
+    truncating.join(20)
+    assert not truncating.is_alive()
+
+
+def sql(database: Database, statement: str) -> None:
+    with session(database.url, {"search_path": "public"}) as connection:
+        run_sql(connection, statement)
+
+
+def test_a_cancel_ends_the_copies_in_the_server_too(make_database: Make, local_store: LocalStore) -> None:
+    database = big_table(make_database, "cancelled")
+    operation = Operation()
+    store = MeddledStore(local_store.location.place, lambda: operation.cancel("a person said so"))
+    with pytest.raises(AthenaError, match="a person said so"):
+        back_up(database, store, operation)
+    busy = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = 'cancelled' AND query LIKE 'COPY%' AND state = 'active'"
+    )
+    with session(database.url) as connection:
+        while run_sql(connection, busy).scalar_one():
+            pass
+
+
+def test_rows_that_the_ranges_miss_fail_the_backup(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = big_table(make_database, "missed")
+    whole = BulkTable.ranges
+
+    def short(table: BulkTable, range_bytes: int) -> Sequence[TableRange]:
+        found = whole(table, range_bytes)
+        return [*found[:-1], replace(found[-1], last=(found[-1].first or 0) + 1)]
+
+    monkeypatch.setattr(copy.BulkTable, "ranges", short)
+    with pytest.raises(FinalError, match=r'the ranges of "public"\."t" have \d+ rows, the table has 200000'):
+        back_up(database, local_store)
+
+
+def test_rows_that_pg_dump_leaves_out_or_writes_twice_fail_the_backup(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    database = make_database("left_out", "CREATE TABLE t AS SELECT 1 AS i; CREATE TABLE u AS SELECT 2 AS i")
+    (tmp_path / "pg_restore").symlink_to(binaries() / "pg_restore")
+    saying = tmp_path / "pg_dump"
+
+    def by(line: str, **sizes: int) -> None:
+        saying.write_text(f"#!/bin/bash\n{line}\n")
+        saying.chmod(0o755)
+        with hold_cut([database], Operation()) as cut:
+            write_database(
+                *(database, cut, local_store, dumping_set(), "run", Operation()), client_directories=[tmp_path], **sizes
+            )
+
+    program = binaries() / "pg_dump"
+    with pytest.raises(FinalError, match="pg_dump left out the rows of tables: OIDs"):
+        by(f'[ "$1" = --version ] && exec {program} "$@"; exec {program} --exclude-table-data=public.u "$@"')
+    with pytest.raises(FinalError, match="pg_dump wrote the rows of tables that were left to COPY: OIDs"):
+        by(f'exec {program} "${{@/--exclude-table-data=*/--no-password}}"', bulk_bytes=0)
+
+
+def test_a_stream_with_other_rows_than_the_manifest_promises_is_not_taken(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = big_table(make_database, "promised")
+    component = dump(database, local_store, bulk_bytes=0)
+    *others, last = component.streams
+    assert last.table is not None
+    wrong = last.model_copy(update={"table": last.table.model_copy(update={"rows": last.table.rows + 1})})
+    with pytest.raises(DamagedError, match=r"got 200000 rows from .*, the manifest promises 200001"):
+        stage(component.model_copy(update={"streams": (*others, wrong)}), database, local_store)
+    discard_staging(database, RESTORE)
+    without = component.model_copy(update={"streams": tuple(others)})
+    with pytest.raises(DamagedError, match=r"public\.t has 0 rows instead of 200000"):
+        stage(without, database, local_store)
+    discard_staging(database, RESTORE)
+
+
+def test_a_table_whose_owner_may_not_write_to_it_is_restored_by_him(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    with session(postgres.url()) as admin:
+        run_sql(admin, "CREATE ROLE reader_only LOGIN CREATEDB")
+    try:
+        database = make_database(
+            "own", "CREATE TABLE t AS SELECT 1 AS i; REVOKE INSERT, TRUNCATE ON t FROM reader_only", owner="reader_only"
+        )
+        component = dump(database, local_store, bulk_bytes=0)
+        assert tables_by_copy(component).keys() == {"t"}
+        restore(component, database, local_store)
+        assert rows(database, "SELECT i FROM public.t") == [(1,)]
+        with pytest.raises(AthenaError, match="permission denied for table t"):
+            sql(database, "INSERT INTO t VALUES (2)")
+        sql(database, "DROP TABLE t")
+    finally:
+        with session(postgres.url()) as admin:
+            run_sql(admin, "ALTER DATABASE own OWNER TO postgres")
+            run_sql(admin, "DROP ROLE reader_only")
+
+
+def test_a_parameter_that_only_libpq_knows_leaves_everything_to_pg_dump(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = big_table(make_database, "libpq")
+    url = parse_database_url("libpq", f"{database.url.render_as_string(hide_password=False)}?gssencmode=disable")
+    component = dump(Database("libpq", url), local_store, bulk_bytes=0)
+    assert len(component.streams) == 1
+    with hold_cut([database], Operation()) as cut:
+        assert [table.name for table in bulk_tables(cut.of("libpq"), bulk_bytes=0)] == ["t"]
+
+
+def test_each_stream_is_copys_own_bytes(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("plain", "CREATE TABLE t AS SELECT 7 AS i; CREATE TABLE u AS SELECT 'a'::tsvector AS x")
+    component = dump(database, local_store, bulk_bytes=0)
+    streams = {
+        stream.name.rpartition(".")[0].rpartition(".")[2]: stream for stream in component.streams if stream.table
+    }
+    raw = {
+        kind: b"".join(read_stream("plain", stream.parts, local_store, Operation())) for kind, stream in streams.items()
+    }
+    assert raw["txt"] == b"'a'\n"
+    assert raw["bin"].startswith(b"PGCOPY\n\xff\r\n\0")
+    assert raw["bin"].endswith(b"\0\x01\0\0\0\x04\0\0\0\x07\xff\xff")
