@@ -35,7 +35,7 @@ run: install
 
 # Two files at a time: much of what is tested is waiting. TESTS="tests/engine/test_store.py -x" runs some.
 test: install azurite
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile $(TESTS)
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 check: install
 	$(BIN)/ruff format --check .

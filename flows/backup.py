@@ -52,13 +52,12 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
             ]
             refuse_foreign_set(working)
             with cut_of(databases, working):
-                wait(
-                    [
-                        *(back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases),
-                        *(back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes),
-                    ]
-                )
+                reading = [back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases]
+                archiving = [back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes]
+                wait(reading)
                 write_server_globals(working)
+            # What the snapshots hold back on the servers goes on while the last volumes are read.
+            wait(archiving)
             outcome = close_set(
                 working.store,
                 working.set_id,

@@ -216,7 +216,7 @@ class TestHead:
     @pytest.mark.parametrize(
         ("old", "new"),
         [
-            (b'"schema_version": "1.0"', b'"schema_version": "2.0"'),
+            (b'"schema_version": "2.0"', b'"schema_version": "3.0"'),
             (b'"timestamp": "2026', b'"timestamp": "x026'),
             (b'"namespace": "app"', b'"namespace": "../app"'),
             (b'"state": "complete"', b'"state": "splendid"'),
@@ -252,11 +252,11 @@ class TestHead:
             whole_manifest(store, set_id(0))
 
     def test_a_newer_major_version_is_refused_by_the_head_alone(self) -> None:
-        newer = to_json(manifest(0, LARGE).model_copy(update={"schema_version": "2.0"}))
+        newer = to_json(manifest(0, LARGE).model_copy(update={"schema_version": "3.0"}))
         with pytest.raises(FinalError, match="newer version of athena-backup"):
             read_manifest_head(newer[:GLANCE_BYTES], "manifest.json")
         with pytest.raises(DamagedError):
-            read_manifest_head(newer.replace(b"2.0", b"two", 1)[:GLANCE_BYTES], "manifest.json")
+            read_manifest_head(newer.replace(b"3.0", b"two", 1)[:GLANCE_BYTES], "manifest.json")
 
 
 def test_a_short_read_is_one_request_and_ends_where_the_object_does(

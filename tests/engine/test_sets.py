@@ -228,7 +228,7 @@ class TestCatalog:
     def test_a_damaged_manifest_is_no_success(self, local_store: LocalStore) -> None:
         written(local_store)
         close(local_store, GITSERVER)
-        local_store.put(SET.prefix + MANIFEST, b'{"schema_version": "1.0", "state": "complete"}')
+        local_store.put(SET.prefix + MANIFEST, b'{"schema_version": "2.0", "state": "complete"}')
         (entry,) = list_sets(local_store, "app")
         assert entry.state is SetState.FAILED
         assert "damaged" in entry.status
@@ -328,8 +328,8 @@ class TestSchema:
         written(local_store)
         manifest = close(local_store, GITSERVER)
         assert isinstance(manifest, Manifest)
-        newer = manifest.model_copy(update={"schema_version": "2.0"})
+        newer = manifest.model_copy(update={"schema_version": "3.0"})
         with pytest.raises(FinalError, match="newer version of athena-backup"):
             read_manifest(to_json(newer), "manifest.json")
-        extended = to_json(manifest.model_copy(update={"schema_version": "1.9"})).replace(b"{", b'{"future": 1, ', 1)
+        extended = to_json(manifest.model_copy(update={"schema_version": "2.9"})).replace(b"{", b'{"future": 1, ', 1)
         assert read_manifest(extended, "manifest.json").components == manifest.components
