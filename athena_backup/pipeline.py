@@ -7,8 +7,11 @@ is whole, and `read_part` ends without one only if every byte that was written h
 
 import contextlib
 import hashlib
+import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +25,8 @@ from athena_backup.store import Store, UnsettledError
 PART_LIMIT_BYTES = 64 << 30
 """A part ends here and its stream goes on in the next one (design.md, section 3)."""
 COMPRESSION_LEVEL = 1
+FRAME_BYTES = 4 << 20
+"""Of raw bytes in a zstd frame: eight windows of this level, so that little is lost at its borders (1 MiB cost 6 %)."""
 _GRACE_SECONDS = 5.0
 _Result = TypeVar("_Result")
 
@@ -58,7 +63,7 @@ def write_stream(
 ) -> tuple[Part, ...]:
     """Store the whole of ``source`` as one part or more; ``key_of`` gives the key of part 0, 1, …
 
-    Each part begins a zstd frame of its own, with a content checksum; ``cat part.* | zstd -d`` gives the stream back.
+    A part is a whole number of zstd frames, each with its content checksum; ``cat part.* | zstd -d`` gives the stream back.
     ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` compress it. Raises what the
     source or store raises.
     """
@@ -83,11 +88,15 @@ class _Lookahead:
     def more(self) -> bool:
         return self._next is not None
 
-    def take(self) -> bytes:
-        chunk, self._next = self._next, next(self._chunks, None)
-        if chunk is None:
-            raise RuntimeError("taken beyond the end")
-        return chunk
+    def take(self, size_bytes: int) -> bytes:
+        """The next chunks as one block of ``size_bytes`` or little more; less at the end, nothing behind it."""
+        taken: list[bytes] = []
+        left = size_bytes
+        while left > 0 and self._next is not None:
+            taken.append(self._next)
+            left -= len(self._next)
+            self._next = next(self._chunks, None)
+        return taken[0] if len(taken) == 1 else b"".join(taken)
 
     def close(self) -> None:
         close = getattr(self._chunks, "close", None)
@@ -95,35 +104,58 @@ class _Lookahead:
             close()
 
 
+def _compressed(blocks: Iterator[bytes], threads: int) -> Iterator[bytes]:
+    """Each block as a zstd frame, in order; with several threads they are compressed side by side while more are read.
+
+    One call a frame: where zstd is fed piece by piece it first copies what it gets, and then finds matches more slowly.
+    """
+    compressors = [_compressor() for _ in range(threads)]
+    if threads == 1:
+        yield from map(compressors[0].compress, blocks)
+        return
+    with ThreadPoolExecutor(threads, "zstd") as pool:
+        waiting: deque[Future[bytes]] = deque()
+        try:
+            # A compressor is for one thread at a time: each serves every so-and-so-many-th block, after its last.
+            for block, compressor in zip(blocks, itertools.cycle(compressors), strict=False):
+                if len(waiting) == threads:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(compressor.compress, block))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+
+
 def _write_part(
     ahead: _Lookahead, component: str, store: Store, key: str, operation: Operation, limit_bytes: int, threads: int
 ) -> Part:
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0
-    compressor = zstandard.ZstdCompressor(
-        level=COMPRESSION_LEVEL,
-        threads=threads if threads > 1 else 0,
-        write_checksum=True,
-        write_content_size=False,
-    ).compressobj()
+
+    def blocks() -> Iterator[bytes]:
+        nonlocal raw_size_bytes
+        while raw_size_bytes == 0 or (ahead.more and size_bytes < limit_bytes):
+            operation.check()
+            block = ahead.take(min(FRAME_BYTES, limit_bytes))
+            operation.pace(len(block))
+            raw_size_bytes += len(block)
+            operation.advance(component, len(block))
+            yield block
+            if not ahead.more:
+                return
 
     def compressed() -> Iterator[bytes]:
-        nonlocal size_bytes, raw_size_bytes
-        while ahead.more and size_bytes < limit_bytes:
-            operation.check()
-            chunk = ahead.take()
-            operation.pace(len(chunk))
-            raw_size_bytes += len(chunk)
-            operation.advance(component, len(chunk))
-            out = compressor.compress(chunk)
-            if out:
-                digest.update(out)
-                size_bytes += len(out)
-                yield out
-        tail = compressor.flush()
-        digest.update(tail)
-        size_bytes += len(tail)
-        yield tail
+        nonlocal size_bytes
+        for frame in _compressed(blocks(), threads):
+            digest.update(frame)
+            size_bytes += len(frame)
+            yield frame
 
     try:
         entry = watched(lambda: store.write(key, compressed()), operation)

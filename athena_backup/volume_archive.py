@@ -30,7 +30,6 @@ REREAD_LIMIT_BYTES = 8 << 20
 """A file up to this size is read into memory, so that it can be read again if it changed; a larger one is torn at once."""
 _READS = 3
 _CHUNK_BYTES = 1 << 20
-_GATHER_BYTES = 256 << 10
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 
 _Segments = Sequence[tuple[int, int]]
@@ -121,15 +120,10 @@ class _Archive:
     """Of every inode with several names: the first one, and the size and time that it had."""
 
     def chunks(self) -> Iterator[bytes]:
-        """The archive's bytes, gathered into pieces worth handing on; ends only if the walk ended whole."""
-        gathered = bytearray()
-        for piece in self._pieces():
-            gathered += piece
-            if len(gathered) >= _GATHER_BYTES:
-                yield bytes(gathered)
-                gathered.clear()
+        """The archive's bytes; ends only if the walk ended whole."""
+        yield from self._pieces()
         self._judge()
-        yield bytes(gathered) + END
+        yield END
 
     def _pieces(self) -> Iterator[bytes]:
         for entry in self.walk.entries():
