@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from sqlalchemy import text
+
 from athena_backup.crew import Crew, Turn, Unit
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Component, Stream
@@ -24,13 +26,29 @@ from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
 from athena_backup.postgres.clients import client_version
 from athena_backup.postgres.copy import load_range
-from athena_backup.postgres.sessions import Database, connection_string, libpq_environment
+from athena_backup.postgres.sessions import (
+    Database,
+    cancelled_with,
+    connection_string,
+    libpq_environment,
+    run_sql,
+    session,
+)
 from athena_backup.process import Ended, running
 from athena_backup.store import Store
 
 # pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
 _SECTIONS = ("pre-data", "data", "post-data")
+_ANALYZED = text(
+    "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name,"
+    " coalesce(pg_catalog.pg_table_size(c.oid), 0)::bigint AS size_bytes"
+    " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+    " WHERE c.relkind IN ('r', 'm', 'p') AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_toast'"
+    " AND c.relpersistence <> 't' ORDER BY 2 DESC, c.oid"
+)
+_BATCH_BYTES = 64 << 20
+_BATCH_LIMIT = 500
 # Number, catalog and OID of the entry, then its kind.
 _RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
 
@@ -131,6 +149,25 @@ class Loading:
             )
         if feeding is not None and not feeding.finished:
             raise FinalError("pg_restore ended before it had read the whole dump")
+
+
+def analyze(staging: Database, operation: Operation, crew: Crew) -> None:
+    """ANALYZE everything that a bare ANALYZE would, several tables at once, the biggest first."""
+    with session(staging.url) as connection:
+        tables = [(row.name, row.size_bytes) for row in connection.execute(_ANALYZED)]
+    batches: list[tuple[list[str], int]] = []
+    for name, size_bytes in tables:
+        if not batches or batches[-1][1] + size_bytes > _BATCH_BYTES or len(batches[-1][0]) >= _BATCH_LIMIT:
+            batches.append(([], 0))
+        names, batch_bytes = batches[-1]
+        batches[-1] = ([*names, name], batch_bytes + size_bytes)
+
+    def work(names: Sequence[str], turn: Turn) -> None:
+        turn.check()
+        with session(staging.url) as connection, cancelled_with(connection, operation):
+            run_sql(connection, f"ANALYZE {', '.join(names)}")
+
+    crew.run([Unit(size_bytes, partial(work, names)) for names, size_bytes in batches])
 
 
 def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:

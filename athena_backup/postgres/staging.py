@@ -20,7 +20,7 @@ from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.copy import rows_of
-from athena_backup.postgres.load import Loading
+from athena_backup.postgres.load import Loading, analyze
 from athena_backup.postgres.rename import (
     database_oid,
     drop_database,
@@ -161,9 +161,10 @@ def stage_database(
         raise FinalError(f"the staging database {name} vanished while it was made")
     client = restoring_client(facts, server, client_directories)
     staging_url = target.url.set(database=name)
-    Loading(component, Database(component.name, staging_url), client, server, store, operation).run(crew or Crew(1))
+    staging, crew = Database(component.name, staging_url), crew or Crew(1)
+    Loading(component, staging, client, server, store, operation).run(crew)
+    analyze(staging, operation, crew)
     with session(staging_url) as inside, cancelled_with(inside, operation):
-        inside.execute(text("ANALYZE"))
         _prove(inside, facts, component)
         dress(inside, name, facts)
     return StagedDatabase(name, oid)
