@@ -32,7 +32,7 @@ from athena_backup.manifest import (
     to_json,
 )
 from athena_backup.names import SetId, is_attempt, new_attempt
-from athena_backup.store import Store, read_document
+from athena_backup.store import Store, look_at, read_document
 
 _CLOSING = "closing the set"
 SETTLE_SECONDS = 60
@@ -238,8 +238,7 @@ def _why_incomplete(store: Store, set_id: SetId, wanted: Expected) -> Fault:
 
 
 def _missing_parts(store: Store, component: Component) -> Iterable[str]:
-    for part in component.parts:
-        entry = store.head(part.key)
+    for part, entry in zip(component.parts, look_at(store, [part.key for part in component.parts]), strict=True):
         if entry is None or entry.size_bytes != part.size_bytes:
             yield part.key
 

@@ -23,13 +23,11 @@ from athena_backup.manifest import (
     read_manifest_head,
 )
 from athena_backup.names import InvalidNameError, SetId, Timestamp
-from athena_backup.store import Store, read_document
+from athena_backup.store import LOOKS_AT_ONCE, Store, read_document
 
 GLANCE_BYTES = 64 << 10
 """What a list reads of a manifest at most, in one request; `find_set` reads all of it."""
 _DELETING = "deleting"
-_PARALLEL = 16
-"""Looks at once: about as many as hide the time that each waits for the store."""
 
 
 class SetState(Enum):
@@ -59,7 +57,7 @@ def list_sets(store: Store, namespace: str) -> Iterator[CatalogEntry]:
     """All sets of a namespace, oldest first; other people's folders are passed over.
 
     Asks for one listing of the namespace's folders, one of its marks, and one short read per set (of a set without a
-    manifest two), `_PARALLEL` of them at once. Of a manifest beyond `GLANCE_BYTES` only the head is read and checked.
+    manifest two), `LOOKS_AT_ONCE` of them at once. Of a manifest beyond `GLANCE_BYTES` only the head is read and checked.
     """
     deleting = set(_deleting_marks(store, namespace))
 
@@ -80,12 +78,12 @@ def _side_by_side(
     look: Callable[[SetId], CatalogEntry | None], set_ids: Iterable[SetId]
 ) -> Generator[CatalogEntry | None, None, None]:
     """The looks at all sets in their order, some of them taken ahead of their turn."""
-    pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="catalog")
+    pool = ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="catalog")
     ahead: deque[Future[CatalogEntry | None]] = deque()
     try:
         for set_id in set_ids:
             ahead.append(pool.submit(look, set_id))
-            if len(ahead) > 4 * _PARALLEL:
+            if len(ahead) > 4 * LOOKS_AT_ONCE:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

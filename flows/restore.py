@@ -26,6 +26,7 @@ from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
 from athena_backup.postgres.staging import discard_staging, stage_database
 from athena_backup.settings import load_settings
+from athena_backup.store import look_at
 from athena_backup.volume_exchange import (
     discard_volume,
     preflight_volume,
@@ -118,8 +119,8 @@ def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
         except AthenaError as error:
             found = [error]
         faults += [error.fault(component=component.name, step="checking before the restore") for error in found]
-    for part in (part for component in chosen for part in component.parts):
-        entry = working.store.head(part.key)
+    parts = [part for component in chosen for part in component.parts]
+    for part, entry in zip(parts, look_at(working.store, [part.key for part in parts]), strict=True):
         if entry is None or entry.size_bytes != part.size_bytes:
             damaged = FinalError(f"{part.key} is not in the store as it was written", next_step="restore another set")
             faults.append(damaged.fault(step="checking before the restore"))
