@@ -20,7 +20,7 @@ from athena_backup.errors import AthenaError, DamagedError, FinalError, Unavaila
 from athena_backup.manifest import Stream, TableData
 from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import read_stream
-from athena_backup.postgres.held import Held
+from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held, snapshot_session
 from athena_backup.postgres.sessions import (
     APPLICATION_NAME,
     CONNECT_SECONDS,
@@ -46,7 +46,6 @@ _RANGES_LIMIT = 1_000
 _CTID_SCAN_SINCE = 140_000
 # Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
 _ESCAPES_SINCE = 130_000
-_LOCK_NOT_AVAILABLE = "55P03"
 _PIECE_BYTES = 256 << 10
 _AHEAD = 8
 
@@ -206,8 +205,9 @@ def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
         "limit": _TABLES_LIMIT,
         "binary": list(_BINARY_TYPES),
     }
-    with held.reader_lock:
-        rows = held.reader.execute(_TABLES, parameters).all()
+    # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
+    with held.locks_lock:
+        rows = held.locks.execute(_TABLES, parameters).all()
     found = [
         BulkTable(
             row.oid,
@@ -328,22 +328,14 @@ class RangeReading:
             yield
         except asyncpg.PostgresError as error:
             operation.check()
-            self._held.check()
-            if error.sqlstate == _LOCK_NOT_AVAILABLE:
-                raise self._refused() from error
+            self._held.prove()
+            if error.sqlstate == LOCK_NOT_AVAILABLE:
+                raise self._held.refused_lock() from error
             raise self._named(translated_state(error.sqlstate or "", str(error))) from error
         except (OSError, asyncpg.InterfaceError, TimeoutError) as error:
             operation.check()
-            self._held.check()
+            self._held.prove()
             raise self._named(UnavailableError(f"PostgreSQL: {error or type(error).__name__}")) from error
-
-    def _refused(self) -> FinalError:
-        waiting = "; ".join(self._held.waiting()) or "whoever waited is gone by now"
-        return FinalError(
-            f"the lock of table {self._of.table.full_name} was refused: {waiting}",
-            next_step="run DDL outside of backups",
-            step="locking the tables",
-        )
 
     def _named(self, problem: AthenaError) -> AthenaError:
         problem.cause = f"reading {self._of.table.full_name}: {problem.cause}"
@@ -382,11 +374,9 @@ def _ascii_quoted(identifier: str) -> str:
 
 def count_rows(held: Held, table: BulkTable, operation: Operation, _: Turn) -> int:
     """How many rows a table has under the snapshot: what its ranges have to add up to. A crew's work."""
-    with session(held.database.url, {"max_parallel_workers_per_gather": "0"}) as connection:
-        run_sql(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        run_sql(connection, f"SET TRANSACTION SNAPSHOT '{held.snapshot}'")
-        with cancelled_with(connection, operation):
-            rows: int = run_sql(connection, f"SELECT count(*) FROM ONLY {table.full_name}").scalar_one()  # noqa: S608 - quoted
+    settings = {"max_parallel_workers_per_gather": "0"}
+    with snapshot_session(held, [table.full_name], operation, settings) as connection:
+        rows: int = run_sql(connection, f"SELECT count(*) FROM ONLY {table.full_name}").scalar_one()  # noqa: S608 - quoted
         return rows
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Server
 from athena_backup.operation import Operation
-from athena_backup.postgres.held import Held, Table, lost_holder, ping, waiting_for
+from athena_backup.postgres.held import Held, Table, lock_tables, lost_holder, ping, waiting_for
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
@@ -34,7 +34,6 @@ TABLE_TRIES = 50
 """Under two sessions that make and drop tables flat out a try succeeds about one time in eight (tried)."""
 _PING_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
-_LOCKS_PER_STATEMENT = 500
 # undefined_table and invalid_schema_name (manual, appendix A): dropped between our listing and our LOCK.
 _VANISHED = ("42P01", "3F000")
 
@@ -175,7 +174,7 @@ def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) 
         held.locked = _tables(locks)
         try:
             with cancelled_with(locks, operation):
-                _lock(locks, held.locked, "")
+                lock_tables(locks, [name for _, _, name in held.locked])
         except sqlalchemy.exc.DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) in _VANISHED:
                 continue
@@ -198,12 +197,6 @@ def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) 
 
 def _tables(connection: Connection) -> list[Table]:
     return [(row.oid, row.file, row.name) for row in connection.execute(_TABLES)]
-
-
-def _lock(connection: Connection, tables: Sequence[Table], how: str) -> None:
-    for start in range(0, len(tables), _LOCKS_PER_STATEMENT):
-        some = ", ".join(f"ONLY {name}" for _, _, name in tables[start : start + _LOCKS_PER_STATEMENT])
-        run_sql(connection, f"LOCK TABLE {some} IN ACCESS SHARE MODE {how}")
 
 
 def _refuse_twins(opening: _Opening) -> None:
@@ -292,19 +285,15 @@ def _take_snapshot(held: Held) -> None:
 
 
 def _look_at_tables(held: Held) -> None:
-    """Find out whether S sees the very tables and files that L has locked; S then locks them too, without waiting."""
+    """Find out whether S sees the very tables and files that L has locked.
+
+    S locks none: 10,000 tables locked by L and by pg_dump are what a server's lock table takes as it comes (tried).
+    """
     # What L sees by now is not enough: a table made after L's locking would be seen by both and locked by none.
     held.stands_still = held.locked == _tables(held.reader) == _tables(held.locks)
     if not held.stands_still:
         return
     held.snapshot = held.reader.execute(text("SELECT pg_catalog.pg_export_snapshot()")).scalar_one()
-    try:
-        _lock(held.reader, held.locked, "NOWAIT")
-    except sqlalchemy.exc.DBAPIError as error:
-        # Somebody's DDL queued up in this very moment; L protects the data, and a new round starts over.
-        if not isinstance(translated(error), PassingError):
-            raise
-        held.stands_still = False
 
 
 def _describe(number: int, group: Sequence[Held], *, exact: bool) -> Server:

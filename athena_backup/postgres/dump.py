@@ -119,7 +119,8 @@ def write_database(
         Unit(
             small_bytes + _CATALOGS_BYTES, lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn)))
         ),
-        Unit(small_bytes, lambda _: read_facts(held, operation, uncounted=bulk_oids)),
+        # First of all: what it looks at is locked for a moment only, and DDL that comes later may wait.
+        Unit(small_bytes + 2 * _CATALOGS_BYTES, lambda _: read_facts(held, operation, uncounted=bulk_oids)),
         *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
         *(Unit(table.size_bytes, partial(count_rows, held, table, operation)) for table in split),
     ]

@@ -6,13 +6,14 @@ read every catalog that is asked here.
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
-from athena_backup.postgres.held import Held, lost_holder
+from athena_backup.postgres.held import Held, lost_holder, snapshot_session
 from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql, translated
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
@@ -25,6 +26,7 @@ _COUNTED_TABLES = text(
     " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype OPERATOR(pg_catalog.=) 'e')"
     " ORDER BY n.nspname, c.relname"
 )
+_COUNTED_AT_ONCE = 200
 # The bootstrap superuser (OID 10) is pinned: pg_shdepend has no line about it, so what it owns is looked up. Objects that
 # initdb made (below 16384) and members of extensions are in no dump.
 _BOOTSTRAP_OWNS = " OR ".join(
@@ -75,10 +77,10 @@ def read_facts(held: Held, operation: Operation, *, uncounted: Collection[int] =
     The rows of tables whose OIDs are in ``uncounted`` are left for `with_dump` to tell. Raises the driver's errors
     translated; a table hidden by row-level security is an error, never a lower count.
     """
+    counts = _count_rows(held, operation, uncounted)
     with translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
         reader = held.reader
         database = _database_row(reader, held.identity.version)
-        counts = _count_rows(reader, operation, uncounted)
         return DatabaseFacts(
             server=held.server.number if held.server else 0,
             database=held.database.database,
@@ -116,8 +118,13 @@ def translating(held: Held, operation: Operation) -> Iterator[None]:
 
 def table_sizes(held: Held, operation: Operation) -> dict[int, int]:
     """What every table whose rows have to be in the backup takes in bytes, without its indexes, by OID."""
-    with translating(held, operation), held.reader_lock:
-        return {row.oid: row.size_bytes or 0 for row in held.reader.execute(_COUNTED_TABLES)}
+    return {row.oid: row.size_bytes or 0 for row in _counted_tables(held, operation)}
+
+
+def _counted_tables(held: Held, operation: Operation) -> Sequence[Row[Any]]:
+    # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
+    with translating(held, operation), held.locks_lock, cancelled_with(held.locks, operation):
+        return held.locks.execute(_COUNTED_TABLES).all()
 
 
 def with_dump(
@@ -197,14 +204,19 @@ def _hidden_user_mappings(reader: Connection) -> list[str]:
     ]
 
 
-def _count_rows(reader: Connection, operation: Operation, uncounted: Collection[int]) -> tuple[TableCount, ...]:
-    counts = []
-    for row in reader.execute(_COUNTED_TABLES).all():
+def _count_rows(held: Held, operation: Operation, uncounted: Collection[int]) -> tuple[TableCount, ...]:
+    """The rows of every table, so many tables in one transaction: their locks go with it."""
+    tables = [row for row in _counted_tables(held, operation) if row.oid not in uncounted]
+    counts: list[TableCount] = []
+    for start in range(0, len(tables), _COUNTED_AT_ONCE):
+        some = tables[start : start + _COUNTED_AT_ONCE]
+        names = [f"{quoted(row.schema_name)}.{quoted(row.name)}" for row in some]
         operation.check()
-        if row.oid in uncounted:
-            continue
-        statement = f"SELECT count(*) FROM ONLY {quoted(row.schema_name)}.{quoted(row.name)}"  # noqa: S608 - quoted
-        counts.append(
-            TableCount(schema_name=row.schema_name, name=row.name, rows=run_sql(reader, statement).scalar_one())
-        )
+        held.check()
+        with snapshot_session(held, names, operation) as connection:
+            selects = [f"SELECT {number}, count(*) FROM ONLY {name}" for number, name in enumerate(names)]  # noqa: S608 - quoted
+            rows = {row[0]: row[1] for row in run_sql(connection, " UNION ALL ".join(selects))}
+        counts += [
+            TableCount(schema_name=row.schema_name, name=row.name, rows=rows[number]) for number, row in enumerate(some)
+        ]
     return tuple(counts)

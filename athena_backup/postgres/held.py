@@ -6,6 +6,7 @@
 import contextlib
 import select
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 import psycopg
@@ -14,8 +15,19 @@ from sqlalchemy import Connection, text
 
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Server
-from athena_backup.postgres.sessions import Database, ServerIdentity, identity, translated
+from athena_backup.operation import Operation
+from athena_backup.postgres.sessions import (
+    Database,
+    ServerIdentity,
+    cancelled_with,
+    identity,
+    run_sql,
+    session,
+    translated,
+)
 
+LOCK_NOT_AVAILABLE = "55P03"
+_LOCKS_PER_STATEMENT = 500
 Table = tuple[int, int, str]
 """A table as a holder sees it: OID, file node, quoted name."""
 
@@ -73,6 +85,13 @@ class Held:
             poll.register(driver.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
+    def refused_lock(self) -> FinalError:
+        """The error for a table lock that was refused, with whoever waits in front of us."""
+        waiting = "; ".join(self.waiting()) or "whoever waited is gone by now"
+        return FinalError(
+            f"a table lock was refused: {waiting}", next_step="run DDL outside of backups", step="locking the tables"
+        )
+
     def waiting(self) -> list[str]:
         """The statements that wait for our locks, with their pids; DDL, as nothing else conflicts with them.
 
@@ -81,6 +100,39 @@ class Held:
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
             return [f"pid {pid} waits with {query!r}" for pid, query in waiting_for(self)]
         return []
+
+
+def lock_tables(connection: Connection, names: Sequence[str], how: str = "") -> None:
+    """Lock tables against what a snapshot doesn't protect from; ``how``: NOWAIT. Raises SQLAlchemy's errors."""
+    for start in range(0, len(names), _LOCKS_PER_STATEMENT):
+        some = ", ".join(f"ONLY {name}" for name in names[start : start + _LOCKS_PER_STATEMENT])
+        run_sql(connection, f"LOCK TABLE {some} IN ACCESS SHARE MODE {how}")
+
+
+@contextlib.contextmanager
+def snapshot_session(
+    held: Held, tables: Sequence[str], operation: Operation, settings: Mapping[str, str] | None = None
+) -> Iterator[Connection]:
+    """A session of its own under the snapshot of the cut, which has locked ``tables`` without waiting.
+
+    Raises `FinalError` where DDL waits for one of them: whoever came behind it would wait for L's end, and that for him.
+    """
+    try:
+        with session(held.database.url, settings) as connection, cancelled_with(connection, operation):
+            run_sql(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            run_sql(connection, f"SET TRANSACTION SNAPSHOT '{held.snapshot}'")
+            try:
+                lock_tables(connection, tables, "NOWAIT")
+            except sqlalchemy.exc.DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
+                    raise held.refused_lock() from error
+                raise
+            yield connection
+    except AthenaError:
+        # A cancelled operation cancels the query in the server, and a lost holder's snapshot is gone: that is what to tell.
+        operation.check()
+        held.prove()
+        raise
 
 
 def ping(connection: Connection) -> None:
