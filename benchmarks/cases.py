@@ -1,0 +1,354 @@
+"""The cases: which data, which contenders, how often, and what is done before and after every run.
+
+In each round every contender has its turn, in an order that is rotated: it backs up, restores what it has stored, has the
+result verified, and takes all of it away.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from psycopg import sql
+
+from benchmarks import database_data, limit, volume_data
+from benchmarks.bucket import Bucket
+from benchmarks.contenders import Contender, Place, compare
+from benchmarks.database_data import DATABASE, Bulk, Database, Many
+from benchmarks.dump_peers import DIRECTORY_ZSTD, dump_peers
+from benchmarks.installing import Tools
+from benchmarks.measuring import Meter, Usage, size_bytes
+from benchmarks.ours import JOBS, Ours, Service, running_service
+from benchmarks.physical_peers import encrypted_s3, physical_peers
+from benchmarks.results import Results, Run, Verb
+from benchmarks.servers import Cluster, running_cluster
+from benchmarks.volume_data import LargeFiles, SmallFiles, Volume
+from benchmarks.volume_peers import volume_peers
+from deployments.embedded_stores import EmbeddedS3, embedded_s3
+
+OURS, OURS_S3 = "ours", "ours (S3)"
+DATABASES, LARGE_FILES, SMALL_FILES = "databases", "large files", "small files"
+GROWTH_UNITS = (1, 4, 16)
+ALL_JOBS = (1, 2, 4, 8)
+_REST_SECONDS = 20
+_READ_BYTES = 1 << 20
+
+
+def growth_case(units: int) -> str:
+    """The case of a database of so many units; the largest is the one of `DATABASES`."""
+    return DATABASES if units == GROWTH_UNITS[-1] else f"growth {units}x"
+
+
+def tables_case(tables: int) -> str:
+    """The case of so many tables."""
+    return f"{tables:,} tables"
+
+
+def jobs_name(jobs: int) -> str:
+    """Ours with so many jobs, in the case ``jobs``."""
+    return f"ours, {jobs} jobs"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data."""
+
+    rows: int
+    """Events a unit; see `Bulk`."""
+    tables: tuple[int, ...]
+    large: LargeFiles
+    small: SmallFiles
+
+
+SIZES = {
+    "large": Size(1_000_000, (10, 1_000, 10_000), LargeFiles(8, 512), SmallFiles(20_000)),
+    "small": Size(20_000, (10, 100, 1_000), LargeFiles(8, 8), SmallFiles(2_000)),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark: what it measures, where, how often."""
+
+    size: Size
+    cache: Path
+    """Where data sets stay."""
+    work: Path
+    """Where everything else is; emptied at the start and the end."""
+    tools: Tools
+    results: Results
+    rounds: int
+    cold: bool
+    wanted: Sequence[str]
+    """Parts of contenders' names; none: all."""
+
+    def compete(self, case: str, contenders: Sequence[Contender], settle: Callable[[], None]) -> None:
+        """All rounds of a case."""
+        self.results.begin(case, self.rounds)
+        contenders = [one for one in contenders if not self.wanted or any(part in one.name for part in self.wanted)]
+        for number in range(self.rounds):
+            start = number % max(1, len(contenders))
+            for contender in [*contenders[start:], *contenders[:start]]:
+                self._turn(case, contender, number, settle)
+
+    def _turn(self, case: str, contender: Contender, number: int, settle: Callable[[], None]) -> None:
+        """One contender's turn; a failure is a result too, and the next one has its turn."""
+        verb: Verb = "backup"
+        try:
+            settle()
+            usage = contender.back_up()
+            stored = contender.stored_bytes()
+            self._keep(Run(case, contender.name, verb, number, usage, stored))
+            verb = "restore"
+            settle()
+            usage = contender.restore()
+            contender.verify()
+            self._keep(Run(case, contender.name, verb, number, usage, stored))
+            verb = "cleaning"
+            contender.forget()
+        except Exception as error:  # noqa: BLE001 - whatever it is, hours of other runs must not be lost by it
+            self._keep(Run(case, contender.name, verb, number, None, failure=f"{type(error).__name__}: {error}"))
+            with contextlib.suppress(Exception):
+                contender.forget()
+
+    def _keep(self, run: Run) -> None:
+        self.results.add(run)
+        usage = run.usage
+        told = run.failure if usage is None else _told(usage, run.stored_bytes)
+        print(f"  {run.case:12} round {run.round + 1} {run.verb:7} {run.contender:50} {told}", flush=True)
+
+    def settled(self, cluster: Cluster) -> None:
+        """Before a run: checkpoint, all written, the database's files in the page cache, or with ``cold`` nothing there."""
+        cluster.settle()
+        self._fill_cache([cluster.directory / "base"])
+
+    def settled_files(self, directory: Path) -> None:
+        """The same for a volume."""
+        os.sync()
+        self._fill_cache([directory])
+
+    def _fill_cache(self, directories: Sequence[Path]) -> None:
+        if self.cold:
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+            return
+        buffer = bytearray(_READ_BYTES)
+        for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
+            with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    @contextlib.contextmanager
+    def cluster(self, name: str, asked: Database) -> Iterator[tuple[Cluster, database_data.Fingerprint]]:
+        """A running server with the database, made if it isn't in the cache, and its fingerprint."""
+        directory = self.cache / "postgres" / name
+        with running_cluster(directory) as cluster:
+            database_data.build(cluster, asked)
+            for leftover in ("restored", f"{DATABASE}_in_the_making"):
+                cluster.drop(leftover)
+            yield cluster, database_data.fingerprint(cluster)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[Place]:
+        """A work folder with an S3 server of its own."""
+        with embedded_s3(self.work / "s3") as server:
+            yield Place(self.work, self.tools, Bucket(server))
+        shutil.rmtree(self.work / "s3", ignore_errors=True)
+
+
+def _told(usage: Usage, stored_bytes: int) -> str:
+    cpu = f"CPU {usage.client_cpu_seconds:.1f} + {usage.server_cpu_seconds:.1f} + {usage.other_cpu_seconds:.1f}"
+    return (
+        f"{usage.seconds:7.2f} s, {cpu} s, peak {usage.peak_bytes / 2**20:.0f} MiB, stored {stored_bytes / 1e6:.1f} MB"
+    )
+
+
+def local_store(directory: Path) -> dict[str, str]:
+    """The service's variables for a store in a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return {"OBJECT_STORE_LOCATION_TYPE": "local", "OBJECT_STORE_LOCATION_LOCAL": str(directory)}
+
+
+def s3_store(server: EmbeddedS3) -> dict[str, str]:
+    """The same for S3."""
+    return {
+        "OBJECT_STORE_LOCATION_TYPE": "s3",
+        "AWS_S3_BUCKET_NAME": server.bucket,
+        "AWS_S3_ENDPOINT": server.endpoint,
+        "AWS_S3_REGION": server.region,
+        "AWS_ACCESS_KEY": server.keys.access_key,
+        "AWS_SECRET_KEY": server.keys.secret_key,
+    }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What ours backs up in a case, and what a restore of ours is proven by."""
+
+    databases: dict[str, str]
+    volumes: dict[str, Path]
+    damage: Callable[[], None]
+    check: Callable[[], None]
+    repair: Callable[[], None]
+    server_pid: int | None = None
+
+
+@contextlib.contextmanager
+def ours(
+    bench: Bench, name: str, subject: Subject, bucket: Bucket | None, jobs: int = JOBS
+) -> Iterator[tuple[Ours, Service]]:
+    """Our service with a store of its own, as a contender of that name."""
+    home = bench.work / f"service {name}"
+    shutil.rmtree(home, ignore_errors=True)
+    store = bench.work / f"store {name}"
+    variables = local_store(store) if bucket is None else s3_store(bucket.server)
+    sets = store / "app"
+    with running_service(
+        home, databases=subject.databases, volumes=subject.volumes, store=variables, jobs=jobs
+    ) as service:
+        contender = Ours(
+            name,
+            service,
+            Meter(subject.server_pid, () if bucket is None else (bucket.server.pid,)),
+            subject.damage,
+            subject.check,
+            stored=partial(size_bytes, sets) if bucket is None else bucket.size_bytes,
+            clean=partial(shutil.rmtree, sets, ignore_errors=True) if bucket is None else bucket.empty,
+            repair=subject.repair,
+        )
+        yield contender, service
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def database_subject(cluster: Cluster, asked: Database, before: database_data.Fingerprint) -> Subject:
+    """The database of a cluster."""
+    lost = database_data.tables_of(cluster)[-1]
+
+    def damage() -> None:
+        cluster.execute(sql.SQL("DROP TABLE {} CASCADE").format(sql.Identifier(lost)), DATABASE)
+        cluster.execute("CREATE TABLE newcomer (id int)", DATABASE)
+
+    def check() -> None:
+        compare("ours", before, database_data.fingerprint(cluster))
+        # As every other run finds it: with its visibility map, and nothing of the load to be tidied up.
+        cluster.execute("VACUUM (FREEZE, ANALYZE)", DATABASE)
+
+    def repair() -> None:
+        with cluster.connect() as session:
+            found = session.execute("SELECT datname FROM pg_database WHERE datname LIKE '%\\_\\_athena\\_%'").fetchall()
+        for (name,) in [*found, (DATABASE,)]:
+            cluster.drop(str(name))
+        database_data.build(cluster, asked)
+
+    return Subject({DATABASE: cluster.url(DATABASE)}, {}, damage, check, repair, cluster.pid)
+
+
+def volume_subject(volume: Path, asked: Volume, before: volume_data.Fingerprint) -> Subject:
+    """A volume."""
+
+    def damage() -> None:
+        (volume / min(before)).unlink()
+        (volume / "newcomer").write_text("was not there")
+
+    def repair() -> None:
+        shutil.rmtree(volume)
+        volume_data.build(volume, asked)
+
+    def check() -> None:
+        compare("ours", before, volume_data.fingerprint(volume))
+
+    return Subject({}, {volume.name: volume}, damage, check, repair)
+
+
+def databases(bench: Bench) -> None:
+    """The large database, everybody, to local disk and to S3."""
+    asked = Bulk(GROWTH_UNITS[-1], bench.size.rows)
+    with contextlib.ExitStack() as stack:
+        cluster, before = stack.enter_context(bench.cluster("large", asked))
+        _describe_database(bench, cluster)
+        bench.results.limits[DATABASES] = limit.database_limits(cluster, bench.tools.clients / "psql")
+        place = stack.enter_context(bench.place())
+        encrypted = stack.enter_context(encrypted_s3(bench.work / "s3-tls")) if bench.tools.has("pgbackrest") else None
+        subject = database_subject(cluster, asked, before)
+        local, service = stack.enter_context(ours(bench, OURS, subject, None))
+        remote, _ = stack.enter_context(ours(bench, OURS_S3, subject, place.bucket))
+        bench.results.rest = service.at_rest(_REST_SECONDS)
+        peers = [*dump_peers(place, cluster, before), *physical_peers(place, cluster, before, encrypted)]
+        bench.compete(DATABASES, [local, *peers, remote], partial(bench.settled, cluster))
+
+
+def _describe_database(bench: Bench, cluster: Cluster) -> None:
+    sizes = database_data.table_bytes(cluster)
+    ratios = database_data.compression(cluster, bench.tools.clients / "psql")
+    biggest = sorted(sizes, key=lambda name: -sizes[name])[:6]
+    tables = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB ({ratios[name]:.1f} to 1)" for name in biggest)
+    bench.results.data["database"] = (
+        f"{len(sizes)} tables of {sum(sizes.values()) / 1e9:.2f} GB by pg_table_size, in them by zstd 1 of COPY's text:"
+        f" {tables}; of all tables the best ratio is {max(ratios.values()):.1f} to 1"
+    )
+    print(f"  {bench.results.data['database']}", flush=True)
+
+
+def growth(bench: Bench) -> None:
+    """The smaller databases of the same make; the largest is measured with the peers."""
+    for units in GROWTH_UNITS[:-1]:
+        _against_zstd(bench, growth_case(units), f"units-{units}", Bulk(units, bench.size.rows))
+
+
+def tables(bench: Bench) -> None:
+    """Databases of few and of many tables."""
+    for count in bench.size.tables:
+        _against_zstd(bench, tables_case(count), f"tables-{count}", Many(count))
+
+
+def _against_zstd(bench: Bench, case: str, name: str, asked: Database) -> None:
+    with bench.cluster(name, asked) as (cluster, before), bench.place() as place:
+        subject = database_subject(cluster, asked, before)
+        with ours(bench, OURS, subject, None) as (local, _):
+            peers = [one for one in dump_peers(place, cluster, before) if one.name == DIRECTORY_ZSTD]
+            bench.compete(case, [local, *peers], partial(bench.settled, cluster))
+
+
+def jobs(bench: Bench) -> None:
+    """Ours alone, with more and more jobs."""
+    asked = Bulk(GROWTH_UNITS[-1], bench.size.rows)
+    with contextlib.ExitStack() as stack:
+        cluster, before = stack.enter_context(bench.cluster("large", asked))
+        subject = database_subject(cluster, asked, before)
+        all_ours = [stack.enter_context(ours(bench, jobs_name(one), subject, None, one))[0] for one in ALL_JOBS]
+        bench.compete("jobs", all_ours, partial(bench.settled, cluster))
+
+
+def volumes(bench: Bench) -> None:
+    """Few large files, and many small ones."""
+    for case, asked in ((LARGE_FILES, bench.size.large), (SMALL_FILES, bench.size.small)):
+        _volume(bench, case, asked)
+
+
+def _volume(bench: Bench, case: str, asked: Volume) -> None:
+    volume = bench.cache / "volumes" / case.replace(" ", "-")
+    volume_data.build(volume, asked)
+    before = volume_data.fingerprint(volume)
+    found = limit.volume_limit(volume)
+    bench.results.limits[case] = [found]
+    bench.results.data[case] = (
+        f"{len(before):,} files, {found.raw_bytes / 1e9:.2f} GB, by zstd 1: {found.compressed_bytes / 1e9:.2f} GB"
+    )
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(bench.place())
+        subject = volume_subject(volume, asked, before)
+        local, _ = stack.enter_context(ours(bench, OURS, subject, None))
+        remote, _ = stack.enter_context(ours(bench, OURS_S3, subject, place.bucket))
+        bench.compete(case, [local, *volume_peers(place, volume, before), remote], partial(bench.settled_files, volume))
+
+
+CASES: dict[str, Callable[[Bench], None]] = {
+    "databases": databases,
+    "volumes": volumes,
+    "growth": growth,
+    "tables": tables,
+    "jobs": jobs,
+}

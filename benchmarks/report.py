@@ -1,0 +1,217 @@
+"""RESULTS.md, written from what was measured; no number in it is put there by hand."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks.cases import (
+    ALL_JOBS,
+    DATABASES,
+    GROWTH_UNITS,
+    LARGE_FILES,
+    OURS,
+    OURS_S3,
+    SMALL_FILES,
+    growth_case,
+    jobs_name,
+)
+from benchmarks.dump_peers import DIRECTORY_ZSTD
+from benchmarks.measuring import Usage
+from benchmarks.results import Results, Run, Verb, cores, median
+from benchmarks.targets import target_rows
+
+_VERBS: tuple[Verb, ...] = ("backup", "restore")
+_BUSY = 0.85
+
+
+def report(results: Results) -> str:
+    """The whole document."""
+    return "\n".join(_lines(results)) + "\n"
+
+
+def _lines(results: Results) -> Iterator[str]:
+    yield "# Benchmark"
+    yield ""
+    yield f"Written by `make bench{'' if results.size == 'large' else ' SIZE=' + results.size}`; medians of the rounds."
+    yield ""
+    yield from (f"- {name}: {told}" for name, told in results.machine.items())
+    yield from (f"- data, {name}: {told}" for name, told in results.data.items())
+    yield f"- rounds: {', '.join(f'{case} {rounds}' for case, rounds in results.rounds.items())}"
+    yield ""
+    yield from _HOW
+    yield ""
+    yield from _table("Targets", ("what", "measured", "allowed", ""), target_rows(results))
+    for case in (DATABASES, LARGE_FILES, SMALL_FILES):
+        for verb in _VERBS:
+            yield from _contenders(results, case, verb)
+    yield from _table("Growth", ("what", "backup s", "restore s", "zstd peer: backup s", "restore s"), _growth(results))
+    yield from _table(
+        "Jobs", ("ATHENA_JOBS", "backup s", "restore s", "backup peak MiB", "restore peak MiB"), _jobs(results)
+    )
+    yield from _bounds(results)
+    yield from _rest(results)
+    yield from _failures(results)
+
+
+_HOW = [
+    (
+        "In each round every contender has its turn, in rotated order: checkpoint, sync, backup, checkpoint, sync, restore,"
+        " comparison of what came back (every row or file by hash). A time of ours is that of Prefect's flow run, from Running to"
+        " its end, by the API of the service; a peer's is that of its command. CPU: of the client's processes, of the PostgreSQL"
+        " server (log archiver included), and of others: the S3 server, and our standing service. Memory is the peak of the"
+        " client's process tree (PSS); of ours, that of the flow run's process and its children. Ours uses the first fitting"
+        " `pg_dump` that it finds, the server's own version; its restores include ANALYZE, the switch and the removal of what"
+        " lived before. Peers' databases are restored into an empty one. Ours and pg_dump sync what they write; `tar | zstd` does"
+        " not. Physical peers copy the whole cluster, indexes included. What S3 is: SeaweedFS by plain http, with TLS for"
+        " pgBackRest, which speaks nothing else. Our service is held still while others run."
+    )
+]
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    if rows:
+        yield f"## {title}"
+        yield ""
+        yield "| " + " | ".join(head) + " |"
+        yield "| " + " | ".join(["---", *["---:"] * (len(head) - 1)]) + " |"
+        yield from ("| " + " | ".join(row) + " |" for row in rows)
+        yield ""
+
+
+def _contenders(results: Results, case: str, verb: Verb) -> Iterator[str]:
+    names = list(dict.fromkeys(run.contender for run in results.runs if run.case == case))
+    rows = []
+    for name in sorted(names, key=lambda name: results.seconds(case, name, verb) or float("inf")):
+        seconds = results.seconds(case, name, verb)
+        ratios = [_ratio(results.seconds(case, one, verb), seconds) for one in (OURS, OURS_S3)]
+        figures: list[Callable[[Usage], float]] = [
+            lambda usage: usage.client_cpu_seconds,
+            lambda usage: usage.server_cpu_seconds,
+            lambda usage: usage.other_cpu_seconds,
+        ]
+        cpu = [_number(results.median(case, name, verb, one)) for one in figures]
+        peak = results.median(case, name, verb, lambda usage: usage.peak_bytes / 2**20)
+        stored = median(run.stored_bytes / 1e6 for run in results.of(case, name, verb))
+        every = " ".join(f"{run.usage.seconds:.1f}" for run in results.of(case, name, verb) if run.usage)
+        rows.append(
+            (name.replace("|", "\\|"), _number(seconds, 2), *ratios, *cpu, _number(peak, 0), _number(stored, 0), every)
+        )
+    head = (
+        "",
+        "s",
+        "ours ÷",
+        "ours (S3) ÷",
+        "client CPU s",
+        "server CPU s",
+        "other CPU s",
+        "peak MiB",
+        "stored MB",
+        "runs",
+    )
+    yield from _table(f"{case[0].upper()}{case[1:]}: {verb}", head, rows)
+
+
+def _growth(results: Results) -> list[tuple[str, ...]]:
+    cases = [(f"{units}x data", growth_case(units)) for units in GROWTH_UNITS]
+    counted = sorted(
+        {run.case for run in results.runs if run.case.endswith(" tables")},
+        key=lambda case: int(case.removesuffix(" tables").replace(",", "")),
+    )
+    rows = []
+    for name, case in [*cases, *((case, case) for case in counted)]:
+        found = [results.seconds(case, who, verb) for who in (OURS, DIRECTORY_ZSTD) for verb in _VERBS]
+        if any(found):
+            rows.append((name, *(_number(one, 2) for one in found)))
+    return rows
+
+
+def _jobs(results: Results) -> list[tuple[str, ...]]:
+    rows = []
+    for jobs in ALL_JOBS:
+        name = jobs_name(jobs)
+        seconds = [results.seconds("jobs", name, verb) for verb in _VERBS]
+        peaks = [results.median("jobs", name, verb, lambda usage: usage.peak_bytes / 2**20) for verb in _VERBS]
+        if any(seconds):
+            rows.append((str(jobs), *(_number(one, 2) for one in seconds), *(_number(one, 0) for one in peaks)))
+    return rows
+
+
+def _bounds(results: Results) -> Iterator[str]:
+    rows = []
+    for case, limits in results.limits.items():
+        for one in limits:
+            for name, remote in ((OURS, False), (OURS_S3, True)):
+                floor, ours = one.seconds(remote=remote), results.seconds(case, name, "backup")
+                parts = (
+                    one.server_cpu_seconds,
+                    one.zstd_cpu_seconds,
+                    one.receive_cpu_seconds,
+                    one.loopback_cpu_seconds,
+                )
+                rows.append(
+                    (
+                        f"{case}, {one.form}, {name}",
+                        f"{one.raw_bytes / 1e9:.2f}",
+                        f"{one.compressed_bytes / 1e9:.2f}",
+                        *(_number(part, 2) for part in (parts if remote else parts[:3])),
+                        *([] if remote else ["-"]),
+                        _number(floor, 2),
+                        _number(ours, 2),
+                        _ratio(ours, floor),
+                    )
+                )
+    head = (
+        *("backup of", "raw GB", "zstd 1 GB", "COPY's (or reading's) server CPU s", "zstd CPU s", "receiving CPU s"),
+        *("loopback CPU s", f"limit: sum ÷ {cores()} cores, s", "ours s", "ours ÷ limit"),
+    )
+    yield from _table("What bounds it", head, rows)
+    busy = list(_busy(results))
+    yield from _table(
+        "How busy the cores are while ours works", ("", "CPU s", "wall s × cores", "share", "bound by"), busy
+    )
+
+
+def _busy(results: Results) -> Iterator[tuple[str, ...]]:
+    for case in dict.fromkeys(run.case for run in results.runs):
+        for name in dict.fromkeys(run.contender for run in results.runs if run.case == case):
+            for verb in _VERBS:
+                spent = results.median(case, name, verb, _all_cpu)
+                seconds = results.seconds(case, name, verb)
+                if name.startswith(OURS) and spent is not None and seconds:
+                    share = spent / (seconds * cores())
+                    bound = "CPU" if share > _BUSY else "waiting: disk, start and end of the run, or what runs alone"
+                    yield (
+                        f"{case}, {name}, {verb}",
+                        _number(spent, 1),
+                        _number(seconds * cores(), 1),
+                        f"{share:.0%}",
+                        bound,
+                    )
+
+
+def _all_cpu(usage: Usage) -> float:
+    return usage.client_cpu_seconds + usage.server_cpu_seconds + usage.other_cpu_seconds
+
+
+def _rest(results: Results) -> Iterator[str]:
+    rows = [(name, f"{memory / 2**20:.0f}", f"{share:.1%}") for name, (memory, share) in results.rest.items()]
+    if rows:
+        total = sum(memory for memory, _ in results.rest.values()) / 2**20
+        rows.append(("all", f"{total:.0f}", f"{sum(share for _, share in results.rest.values()):.1%}"))
+    yield from _table("Our service at rest", ("process", "PSS MiB", "of one core"), rows)
+
+
+def _failures(results: Results) -> Iterator[str]:
+    failed: list[Run] = [run for run in results.runs if run.usage is None]
+    if failed:
+        yield "## Failed"
+        yield ""
+        for run in failed:
+            yield f"- {run.case}, {run.contender}, {run.verb}, round {run.round + 1}: {run.failure.splitlines()[-1][:300]}"
+        yield ""
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _ratio(ours: float | None, peer: float | None) -> str:
+    return "-" if not ours or not peer else f"{ours / peer:.2f}"
