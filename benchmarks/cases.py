@@ -5,6 +5,7 @@ result verified, and takes all of it away.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from psycopg import sql
-
 from benchmarks import database_data, limit, volume_data
 from benchmarks.bucket import Bucket
-from benchmarks.contenders import Contender, Place, compare
+from benchmarks.contenders import Contender, Place
 from benchmarks.database_data import DATABASE, Bulk, Database, Many
-from benchmarks.dump_peers import DIRECTORY_ZSTD, dump_peers
+from benchmarks.dump_peers import DIRECTORY_ZSTD, RESTORED, dump_peers
 from benchmarks.installing import Tools
 from benchmarks.measuring import Meter, Usage, size_bytes
 from benchmarks.ours import JOBS, Ours, Service, running_service
 from benchmarks.physical_peers import encrypted_s3, physical_peers
 from benchmarks.results import Results, Run, Verb
 from benchmarks.servers import Cluster, running_cluster
+from benchmarks.subjects import Subject, database_subject, local_store, s3_store, volume_subject
 from benchmarks.volume_data import LargeFiles, SmallFiles, Volume
 from benchmarks.volume_peers import volume_peers
-from deployments.embedded_stores import EmbeddedS3, embedded_s3
+from deployments.embedded_stores import embedded_s3
 
 OURS, OURS_S3 = "ours", "ours (S3)"
 DATABASES, LARGE_FILES, SMALL_FILES = "databases", "large files", "small files"
@@ -67,6 +67,14 @@ SIZES = {
     "large": Size(1_000_000, (10, 1_000, 10_000), LargeFiles(8, 512), SmallFiles(20_000)),
     "small": Size(20_000, (10, 100, 1_000), LargeFiles(8, 8), SmallFiles(2_000)),
 }
+
+
+def remembered(memory: Path, fingerprint: dict[str, str]) -> bool:
+    """Whether a data set is as it was when it was made: a benchmark that was killed may have left it half restored."""
+    if memory.exists():
+        return bool(json.loads(memory.read_text()) == fingerprint)
+    memory.write_text(json.dumps(fingerprint))
+    return True
 
 
 @dataclass(frozen=True)
@@ -141,14 +149,20 @@ class Bench:
                     pass
 
     @contextlib.contextmanager
-    def cluster(self, name: str, asked: Database) -> Iterator[tuple[Cluster, database_data.Fingerprint]]:
-        """A running server with the database, made if it isn't in the cache, and its fingerprint."""
+    def cluster(self, asked: Database) -> Iterator[tuple[Cluster, database_data.Fingerprint]]:
+        """A running server with the database, made if it isn't in the cache as it was made, and its fingerprint."""
+        name = f"{asked.units}-times-{asked.rows}" if isinstance(asked, Bulk) else f"{asked.tables}-tables"
         directory = self.cache / "postgres" / name
         with running_cluster(directory) as cluster:
-            database_data.build(cluster, asked)
-            for leftover in ("restored", f"{DATABASE}_in_the_making"):
+            for leftover in (RESTORED, *database_data.leftovers(cluster)):
                 cluster.drop(leftover)
-            yield cluster, database_data.fingerprint(cluster)
+            database_data.build(cluster, asked)
+            before = database_data.fingerprint(cluster)
+            if not remembered(directory.with_suffix(".json"), before):
+                cluster.drop(DATABASE)
+                database_data.build(cluster, asked)
+                before = database_data.fingerprint(cluster)
+            yield cluster, before
 
     @contextlib.contextmanager
     def place(self) -> Iterator[Place]:
@@ -159,40 +173,9 @@ class Bench:
 
 
 def _told(usage: Usage, stored_bytes: int) -> str:
-    cpu = f"CPU {usage.client_cpu_seconds:.1f} + {usage.server_cpu_seconds:.1f} + {usage.other_cpu_seconds:.1f}"
-    return (
-        f"{usage.seconds:7.2f} s, {cpu} s, peak {usage.peak_bytes / 2**20:.0f} MiB, stored {stored_bytes / 1e6:.1f} MB"
-    )
-
-
-def local_store(directory: Path) -> dict[str, str]:
-    """The service's variables for a store in a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return {"OBJECT_STORE_LOCATION_TYPE": "local", "OBJECT_STORE_LOCATION_LOCAL": str(directory)}
-
-
-def s3_store(server: EmbeddedS3) -> dict[str, str]:
-    """The same for S3."""
-    return {
-        "OBJECT_STORE_LOCATION_TYPE": "s3",
-        "AWS_S3_BUCKET_NAME": server.bucket,
-        "AWS_S3_ENDPOINT": server.endpoint,
-        "AWS_S3_REGION": server.region,
-        "AWS_ACCESS_KEY": server.keys.access_key,
-        "AWS_SECRET_KEY": server.keys.secret_key,
-    }
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What ours backs up in a case, and what a restore of ours is proven by."""
-
-    databases: dict[str, str]
-    volumes: dict[str, Path]
-    damage: Callable[[], None]
-    check: Callable[[], None]
-    repair: Callable[[], None]
-    server_pid: int | None = None
+    cpu = f"CPU {usage.client_cpu_seconds:.1f} + {usage.server_cpu_seconds:.1f} + {usage.other_cpu_seconds:.1f} s"
+    sizes = f"peak {usage.peak_bytes / 2**20:.0f} MiB, stored {stored_bytes / 1e6:.1f} MB"
+    return f"{usage.seconds:7.2f} s, {cpu}, disk {usage.disk_busy_seconds:.1f} s, {sizes}"
 
 
 @contextlib.contextmanager
@@ -223,59 +206,20 @@ def ours(
     shutil.rmtree(home, ignore_errors=True)
 
 
-def database_subject(cluster: Cluster, asked: Database, before: database_data.Fingerprint) -> Subject:
-    """The database of a cluster."""
-    lost = database_data.tables_of(cluster)[-1]
-
-    def damage() -> None:
-        cluster.execute(sql.SQL("DROP TABLE {} CASCADE").format(sql.Identifier(lost)), DATABASE)
-        cluster.execute("CREATE TABLE newcomer (id int)", DATABASE)
-
-    def check() -> None:
-        compare("ours", before, database_data.fingerprint(cluster))
-        # As every other run finds it: with its visibility map, and nothing of the load to be tidied up.
-        cluster.execute("VACUUM (FREEZE, ANALYZE)", DATABASE)
-
-    def repair() -> None:
-        with cluster.connect() as session:
-            found = session.execute("SELECT datname FROM pg_database WHERE datname LIKE '%\\_\\_athena\\_%'").fetchall()
-        for (name,) in [*found, (DATABASE,)]:
-            cluster.drop(str(name))
-        database_data.build(cluster, asked)
-
-    return Subject({DATABASE: cluster.url(DATABASE)}, {}, damage, check, repair, cluster.pid)
-
-
-def volume_subject(volume: Path, asked: Volume, before: volume_data.Fingerprint) -> Subject:
-    """A volume."""
-
-    def damage() -> None:
-        (volume / min(before)).unlink()
-        (volume / "newcomer").write_text("was not there")
-
-    def repair() -> None:
-        shutil.rmtree(volume)
-        volume_data.build(volume, asked)
-
-    def check() -> None:
-        compare("ours", before, volume_data.fingerprint(volume))
-
-    return Subject({}, {volume.name: volume}, damage, check, repair)
-
-
 def databases(bench: Bench) -> None:
     """The large database, everybody, to local disk and to S3."""
     asked = Bulk(GROWTH_UNITS[-1], bench.size.rows)
     with contextlib.ExitStack() as stack:
-        cluster, before = stack.enter_context(bench.cluster("large", asked))
+        cluster, before = stack.enter_context(bench.cluster(asked))
         _describe_database(bench, cluster)
         bench.results.limits[DATABASES] = limit.database_limits(cluster, bench.tools.clients / "psql")
         place = stack.enter_context(bench.place())
         encrypted = stack.enter_context(encrypted_s3(bench.work / "s3-tls")) if bench.tools.has("pgbackrest") else None
         subject = database_subject(cluster, asked, before)
         local, service = stack.enter_context(ours(bench, OURS, subject, None))
-        remote, _ = stack.enter_context(ours(bench, OURS_S3, subject, place.bucket))
+        # Before there is another service to share pages with.
         bench.results.rest = service.at_rest(_REST_SECONDS)
+        remote, _ = stack.enter_context(ours(bench, OURS_S3, subject, place.bucket))
         peers = [*dump_peers(place, cluster, before), *physical_peers(place, cluster, before, encrypted)]
         bench.compete(DATABASES, [local, *peers, remote], partial(bench.settled, cluster))
 
@@ -295,17 +239,17 @@ def _describe_database(bench: Bench, cluster: Cluster) -> None:
 def growth(bench: Bench) -> None:
     """The smaller databases of the same make; the largest is measured with the peers."""
     for units in GROWTH_UNITS[:-1]:
-        _against_zstd(bench, growth_case(units), f"units-{units}", Bulk(units, bench.size.rows))
+        _against_zstd(bench, growth_case(units), Bulk(units, bench.size.rows))
 
 
 def tables(bench: Bench) -> None:
     """Databases of few and of many tables."""
     for count in bench.size.tables:
-        _against_zstd(bench, tables_case(count), f"tables-{count}", Many(count))
+        _against_zstd(bench, tables_case(count), Many(count))
 
 
-def _against_zstd(bench: Bench, case: str, name: str, asked: Database) -> None:
-    with bench.cluster(name, asked) as (cluster, before), bench.place() as place:
+def _against_zstd(bench: Bench, case: str, asked: Database) -> None:
+    with bench.cluster(asked) as (cluster, before), bench.place() as place:
         subject = database_subject(cluster, asked, before)
         with ours(bench, OURS, subject, None) as (local, _):
             peers = [one for one in dump_peers(place, cluster, before) if one.name == DIRECTORY_ZSTD]
@@ -316,7 +260,7 @@ def jobs(bench: Bench) -> None:
     """Ours alone, with more and more jobs."""
     asked = Bulk(GROWTH_UNITS[-1], bench.size.rows)
     with contextlib.ExitStack() as stack:
-        cluster, before = stack.enter_context(bench.cluster("large", asked))
+        cluster, before = stack.enter_context(bench.cluster(asked))
         subject = database_subject(cluster, asked, before)
         all_ours = [stack.enter_context(ours(bench, jobs_name(one), subject, None, one))[0] for one in ALL_JOBS]
         bench.compete("jobs", all_ours, partial(bench.settled, cluster))
@@ -329,9 +273,14 @@ def volumes(bench: Bench) -> None:
 
 
 def _volume(bench: Bench, case: str, asked: Volume) -> None:
-    volume = bench.cache / "volumes" / case.replace(" ", "-")
+    sizes = f"{asked.files}x{asked.size_mib}" if isinstance(asked, LargeFiles) else f"{asked.files}"
+    volume = bench.cache / "volumes" / sizes / case.replace(" ", "-")
     volume_data.build(volume, asked)
     before = volume_data.fingerprint(volume)
+    if not remembered(volume.with_suffix(".json"), before):
+        shutil.rmtree(volume)
+        volume_data.build(volume, asked)
+        before = volume_data.fingerprint(volume)
     found = limit.volume_limit(volume)
     bench.results.limits[case] = [found]
     bench.results.data[case] = (

@@ -121,6 +121,15 @@ def _many(tables: int) -> Iterator[str]:
             EXECUTE format('ALTER TABLE t_%s ADD PRIMARY KEY (id)', number); END LOOP; END $$"""
 
 
+def leftovers(cluster: Cluster) -> list[str]:
+    """Databases that an unfinished build, or a restore of ours that was killed, has left."""
+    with cluster.connect() as session:
+        found = session.execute(
+            "SELECT datname FROM pg_database WHERE datname LIKE '%\\_\\_athena\\_%' OR datname LIKE '%\\_making'"
+        )
+        return [str(name) for (name,) in found]
+
+
 def tables_of(cluster: Cluster, database: str = DATABASE) -> list[str]:
     """The names of its tables."""
     with cluster.connect(database) as session:

@@ -5,6 +5,7 @@ once; it is read whenever the cheaper resident sum reaches a new height, looked 
 """
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -30,7 +31,13 @@ class Usage:
     other_cpu_seconds: float
     """Of the S3 server, and of the part of our service that stands all the time."""
     peak_bytes: int
-    """Of the client's whole process tree."""
+    """Of the client's whole process tree (PSS)."""
+    resident_bytes: int
+    """The same as a sum of resident sets, in which shared pages count for each process."""
+    disk_busy_seconds: float
+    """How long the disk below the work folder had something to do."""
+    start_cpu_seconds: float = 0.0
+    """Ours: of the client's CPU, what its process took before the run was Running."""
     first_seconds: float | None = None
     """Ours: from the POST to the start of the run's first task."""
     whole_seconds: float | None = None
@@ -110,9 +117,13 @@ class Watched:
     """What a `watching` block has seen of a process tree."""
 
     peak_bytes: int = 0
-    cpu_seconds: float = 0.0
-    """The highest sum seen: what ends between two looks and is waited for by nobody in the tree is missed."""
-    pids: set[int] = field(default_factory=set)
+    resident_bytes: int = 0
+    cpu: list[tuple[float, float]] = field(default_factory=list)
+    """Instants, and the tree's CPU seconds until then."""
+
+    def cpu_seconds_at(self, instant: float) -> float:
+        """What the tree had used up by then."""
+        return max((spent for at, spent in self.cpu if at <= instant), default=0.0)
 
 
 @contextmanager
@@ -122,14 +133,13 @@ def watching(roots: Callable[[], list[int]]) -> Iterator[Watched]:
     done = threading.Event()
 
     def look() -> None:
-        height = 0.0
+        height = 0
         while not done.is_set():
             pids = list(tree_of(roots()))
-            seen.pids.update(pids)
-            seen.cpu_seconds = max(seen.cpu_seconds, cpu_seconds(pids))
+            seen.cpu.append((time.time(), cpu_seconds(pids)))
             resident = sum(_resident_bytes(pid) for pid in pids)
             if resident > height * _NEW_HEIGHT:
-                height = resident
+                height = seen.resident_bytes = resident
                 seen.peak_bytes = max(seen.peak_bytes, sum(pss_bytes(pid) for pid in pids))
             done.wait(LOOK_SECONDS)
 
@@ -143,16 +153,42 @@ def watching(roots: Callable[[], list[int]]) -> Iterator[Watched]:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a `Meter` reads: sums since the machine's or the process' start."""
+
+    server_cpu_seconds: float
+    other_cpu_seconds: float
+    disk_busy_seconds: float
+
+    def since(self, before: "Spent") -> "Spent":
+        """What was spent in between."""
+        return Spent(
+            self.server_cpu_seconds - before.server_cpu_seconds,
+            self.other_cpu_seconds - before.other_cpu_seconds,
+            self.disk_busy_seconds - before.disk_busy_seconds,
+        )
+
+
+@dataclass(frozen=True)
 class Meter:
     """Whose CPU is counted beside the client's."""
 
     server_pid: int | None = None
     other_pids: tuple[int, ...] = ()
 
-    def read(self) -> tuple[float, float]:
-        """CPU seconds so far of the server and of the others."""
+    def read(self) -> Spent:
+        """The sums until now."""
         server = tree_cpu_seconds([self.server_pid]) if self.server_pid is not None else 0.0
-        return server, tree_cpu_seconds(self.other_pids)
+        return Spent(server, tree_cpu_seconds(self.other_pids), _disk_busy_seconds())
+
+
+def _disk_busy_seconds() -> float:
+    """Of the disk that the current directory is on (Documentation/block/stat.rst, io_ticks); 0 where it has none."""
+    device = Path.cwd().stat().st_dev
+    try:
+        return int(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()[9]) / 1000
+    except (OSError, IndexError):
+        return 0.0
 
 
 def measured(
@@ -162,7 +198,7 @@ def measured(
 
     Its output goes to ``log``. A failure is none if every error that it tells has ``allowed`` in it. Raises `RunFailedError`.
     """
-    server, other = meter.read()
+    before = meter.read()
     with log.open("wb") as sink:
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -173,11 +209,15 @@ def measured(
             env=dict(environment),
             start_new_session=True,
         )
-        with watching(lambda: [process.pid]) as seen:
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - began
+        try:
+            with watching(lambda: [process.pid]) as seen:
+                _, status, usage = os.wait4(process.pid, 0)
+                seconds = time.perf_counter() - began
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    server_after, other_after = meter.read()
+    spent = meter.read().since(before)
     if process.returncode != 0:
         said = log.read_text(errors="replace")
         errors = [line for line in said.splitlines() if "error:" in line]
@@ -186,9 +226,11 @@ def measured(
     return Usage(
         seconds=seconds,
         client_cpu_seconds=usage.ru_utime + usage.ru_stime,
-        server_cpu_seconds=server_after - server,
-        other_cpu_seconds=other_after - other,
+        server_cpu_seconds=spent.server_cpu_seconds,
+        other_cpu_seconds=spent.other_cpu_seconds,
         peak_bytes=seen.peak_bytes,
+        resident_bytes=seen.resident_bytes,
+        disk_busy_seconds=spent.disk_busy_seconds,
     )
 
 

@@ -1,6 +1,6 @@
 """How quick the service answers: from the POST to the first ongoing line, and `GET /backup/latest` while a backup runs.
 
-One command: `make bench`. Starts the demo's databases, volumes and service, and prints what it measured.
+One command: `make bench-operations`. Starts the demo's databases, volumes and service, and prints what it measured.
 """
 
 import shutil

@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from athena_backup.process import die_with_parent
 from benchmarks.measuring import (
     Meter,
     Usage,
@@ -93,8 +94,7 @@ class Service:
         """Take a backup (no timestamp) or restore one, to its end; the set's timestamp and what it cost."""
         with self.awake():
             runner = self.parts()["runner"]
-            server, other = meter.read()
-            service, ended_runs = tree_cpu_seconds([self.pid]), waited_cpu_seconds(runner)
+            before, service, ended_runs = meter.read(), tree_cpu_seconds([self.pid]), waited_cpu_seconds(runner)
             with watching(lambda: children_of(runner)) as seen:
                 posted = time.time()
                 timestamp = self._post(kind, timestamp)
@@ -104,7 +104,7 @@ class Service:
                 deadline = time.monotonic() + _EXIT_SECONDS
                 while children_of(runner) and time.monotonic() < deadline:
                     time.sleep(0.05)
-            server_after, other_after = meter.read()
+            spent = meter.read().since(before)
             client = waited_cpu_seconds(runner) - ended_runs
             standing = tree_cpu_seconds([self.pid]) - service - client
             began, ended = self._running(run)
@@ -112,9 +112,12 @@ class Service:
         usage = Usage(
             seconds=ended - began,
             client_cpu_seconds=client,
-            server_cpu_seconds=server_after - server,
-            other_cpu_seconds=other_after - other + standing,
+            server_cpu_seconds=spent.server_cpu_seconds,
+            other_cpu_seconds=spent.other_cpu_seconds + standing,
             peak_bytes=seen.peak_bytes,
+            resident_bytes=seen.resident_bytes,
+            disk_busy_seconds=spent.disk_busy_seconds,
+            start_cpu_seconds=seen.cpu_seconds_at(began),
             first_seconds=first - posted,
             whole_seconds=whole,
         )
@@ -214,7 +217,7 @@ def running_service(
         **store,
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "deployments.cli", "up"],
+        die_with_parent([sys.executable, "-m", "deployments.cli", "up"]),
         env=environment,
         cwd=home,
         stdin=subprocess.DEVNULL,

@@ -9,6 +9,7 @@ can be written again (``--report``) and a case measured anew beside the others.
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="large")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--contenders", nargs="+", default=[], metavar="PART", help="those whose name has one of these")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 3, of the small size 1")
     parser.add_argument(
         "--cold", action="store_true", help="empty the page cache before each run (as root), not fill it"
     )
@@ -40,15 +41,16 @@ def main() -> int:
     cache.mkdir(parents=True, exist_ok=True)
     results = load(asked.size, cache / f"results-{asked.size}.json")
     if not asked.report:
+        # As Ctrl-C does: everything that was started is stopped.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        rounds = asked.rounds or (3 if asked.size == "large" else 1)
         tools = install(cache)
         work = cache / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         results.machine |= {"programs": ", ".join(f"{name} {one}" for name, one in versions(tools).items())}
         results.machine["page cache"] = "emptied before each run" if asked.cold else "filled before each run"
-        bench = Bench(
-            SIZES[asked.size], cache / asked.size, work, tools, results, asked.rounds, asked.cold, asked.contenders
-        )
+        bench = Bench(SIZES[asked.size], cache / asked.size, work, tools, results, rounds, asked.cold, asked.contenders)
         os.chdir(work)
         try:
             for case in asked.only:

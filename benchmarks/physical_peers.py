@@ -5,6 +5,7 @@ SeaweedFS of its own with a certificate.
 """
 
 import contextlib
+import getpass
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,12 @@ def _barman(place: Place, cluster: Cluster, before: database_data.Fingerprint) -
     configuration = place.work / "barman.conf"
     conninfo = f"host=127.0.0.1 port={cluster.port} user=postgres dbname=postgres"
     lines = [
-        *("[barman]", "barman_user = root", f"barman_home = {home}", f"log_file = {place.work}/barman.log"),
+        *(
+            "[barman]",
+            f"barman_user = {getpass.getuser()}",
+            f"barman_home = {home}",
+            f"log_file = {place.work}/barman.log",
+        ),
         *(
             "log_level = WARNING",
             f"configuration_files_directory = {place.work}/none",

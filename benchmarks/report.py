@@ -30,7 +30,8 @@ def report(results: Results) -> str:
 def _lines(results: Results) -> Iterator[str]:
     yield "# Benchmark"
     yield ""
-    yield f"Written by `make bench{'' if results.size == 'large' else ' SIZE=' + results.size}`; medians of the rounds."
+    command = f"make bench{'' if results.size == 'large' else ' SIZE=' + results.size}"
+    yield f"Written by `{command}`, which repeats it; some cases only: `{command} OPTIONS='--only databases --rounds 1'`. Medians."
     yield ""
     yield from (f"- {name}: {told}" for name, told in results.machine.items())
     yield from (f"- data, {name}: {told}" for name, told in results.data.items())
@@ -89,10 +90,19 @@ def _contenders(results: Results, case: str, verb: Verb) -> Iterator[str]:
         ]
         cpu = [_number(results.median(case, name, verb, one)) for one in figures]
         peak = results.median(case, name, verb, lambda usage: usage.peak_bytes / 2**20)
+        resident = results.median(case, name, verb, lambda usage: usage.resident_bytes / 2**20)
         stored = median(run.stored_bytes / 1e6 for run in results.of(case, name, verb))
         every = " ".join(f"{run.usage.seconds:.1f}" for run in results.of(case, name, verb) if run.usage)
         rows.append(
-            (name.replace("|", "\\|"), _number(seconds, 2), *ratios, *cpu, _number(peak, 0), _number(stored, 0), every)
+            (
+                name.replace("|", "\\|"),
+                _number(seconds, 2),
+                *ratios,
+                *cpu,
+                f"{_number(peak, 0)} / {_number(resident, 0)}",
+                _number(stored, 0),
+                every,
+            )
         )
     head = (
         "",
@@ -102,7 +112,7 @@ def _contenders(results: Results, case: str, verb: Verb) -> Iterator[str]:
         "client CPU s",
         "server CPU s",
         "other CPU s",
-        "peak MiB",
+        "peak MiB: PSS / RSS",
         "stored MB",
         "runs",
     )
@@ -165,7 +175,9 @@ def _bounds(results: Results) -> Iterator[str]:
     yield from _table("What bounds it", head, rows)
     busy = list(_busy(results))
     yield from _table(
-        "How busy the cores are while ours works", ("", "CPU s", "wall s × cores", "share", "bound by"), busy
+        "How busy the cores are while ours works",
+        ("", "s", *(f"{name} CPU, of all cores" for name, _ in _CPU), "disk busy", "bound by"),
+        busy,
     )
 
 
@@ -173,22 +185,35 @@ def _busy(results: Results) -> Iterator[tuple[str, ...]]:
     for case in dict.fromkeys(run.case for run in results.runs):
         for name in dict.fromkeys(run.contender for run in results.runs if run.case == case):
             for verb in _VERBS:
-                spent = results.median(case, name, verb, _all_cpu)
                 seconds = results.seconds(case, name, verb)
-                if name.startswith(OURS) and spent is not None and seconds:
-                    share = spent / (seconds * cores())
-                    bound = "CPU" if share > _BUSY else "waiting: disk, start and end of the run, or what runs alone"
+                if name.startswith(OURS) and seconds:
+                    parts = [results.median(case, name, verb, one) or 0.0 for _, one in _CPU]
+                    share = sum(parts) / (seconds * cores())
+                    disk = results.median(case, name, verb, lambda usage: usage.disk_busy_seconds) or 0.0
+                    shares = [f"{part / (seconds * cores()):.0%}" for part in parts]
                     yield (
                         f"{case}, {name}, {verb}",
-                        _number(spent, 1),
-                        _number(seconds * cores(), 1),
-                        f"{share:.0%}",
-                        bound,
+                        _number(seconds, 2),
+                        *shares,
+                        f"{disk / seconds:.0%}",
+                        _bound(share, disk / seconds, parts),
                     )
 
 
-def _all_cpu(usage: Usage) -> float:
-    return usage.client_cpu_seconds + usage.server_cpu_seconds + usage.other_cpu_seconds
+def _bound(share: float, disk: float, parts: Sequence[float]) -> str:
+    if share > _BUSY:
+        return f"CPU, most of it {_CPU[parts.index(max(parts))][0]}"
+    if disk > _BUSY:
+        return "the disk"
+    return "waiting: for the disk's syncs, or for what runs alone"
+
+
+# Of ours without the start of its process, which is no part of its time.
+_CPU: Sequence[tuple[str, Callable[[Usage], float]]] = (
+    ("ours", lambda usage: usage.client_cpu_seconds - usage.start_cpu_seconds),
+    ("PostgreSQL's", lambda usage: usage.server_cpu_seconds),
+    ("the S3 server's and the standing service's", lambda usage: usage.other_cpu_seconds),
+)
 
 
 def _rest(results: Results) -> Iterator[str]:

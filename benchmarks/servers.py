@@ -41,12 +41,13 @@ _START_SECONDS = 600
 
 
 def as_server_user(command: Sequence[str]) -> list[str]:
-    """The command line that runs it as who owns the clusters: `nobody` where we are root, else ourselves."""
-    if os.geteuid() != 0:
-        return list(command)
-    nobody = pwd.getpwnam("nobody")
-    keep = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
-    return ["setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups", *keep, *command]
+    """The command line that runs it as who owns the clusters (`nobody` where we are root), and ends it with us (SIGINT)."""
+    change: list[str] = []
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        change = [f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"]
+        change += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    return ["setpriv", "--pdeathsig=INT", *change, *command]
 
 
 def own(path: Path) -> None:

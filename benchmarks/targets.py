@@ -66,6 +66,8 @@ def _rows(results: Results) -> Iterator[tuple[str, str, str, str] | None]:
         highest = max(mine_all, key=lambda run: run.usage.peak_bytes if run.usage else 0)
         what = f"peak memory of an operation, MiB (worst: {highest.case}, {highest.contender}, {highest.verb})"
         yield _row(what, max(run.usage.peak_bytes for run in mine_all if run.usage) / 2**20, _MEMORY_MIB)
+        resident = max(run.usage.resident_bytes for run in mine_all if run.usage) / 2**20
+        yield _row("the same as a sum of resident sets, shared pages counted for each process", resident, _MEMORY_MIB)
         begun = [run.usage.first_seconds for run in mine_all if run.usage and run.usage.first_seconds is not None]
         yield _row(
             f"POST to the first task, s (median {sorted(begun)[len(begun) // 2]:.1f}, worst)",
