@@ -38,6 +38,9 @@ def _lines(results: Results) -> Iterator[str]:
     yield f"- rounds: {', '.join(f'{case} {rounds}' for case, rounds in results.rounds.items())}"
     yield ""
     yield from _HOW
+    if results.rest:
+        idle = 2 * sum(share for _, share in results.rest.values()) / cores()
+        yield f"That takes {idle:.1%} of the machine from everybody."
     yield ""
     yield from _table("Targets", ("what", "measured", "allowed", ""), target_rows(results))
     for case in (DATABASES, LARGE_FILES, SMALL_FILES):
@@ -62,7 +65,7 @@ _HOW = [
         " `pg_dump` that it finds, the server's own version; its restores include ANALYZE, the switch and the removal of what"
         " lived before. Peers' databases are restored into an empty one. Ours and pg_dump sync what they write; `tar | zstd` does"
         " not. Physical peers copy the whole cluster, indexes included. What S3 is: SeaweedFS by plain http, with TLS for"
-        " pgBackRest, which speaks nothing else. Our service is held still while others run."
+        " pgBackRest, which speaks nothing else. Our services, one for each store, stand idle while others run."
     )
 ]
 
