@@ -105,31 +105,23 @@ class _Lookahead:
 
 
 def _compressed(blocks: Iterator[bytes], threads: int) -> Iterator[bytes]:
-    """Each block as a zstd frame, in order; with several threads they are compressed side by side while more are read.
+    """Each block as a zstd frame, in order; while some are compressed the next is read and the one before is stored.
 
     One call a frame: where zstd is fed piece by piece it first copies what it gets, and then finds matches more slowly.
     """
-    compressors = [_compressor() for _ in range(threads)]
-    if threads == 1:
-        yield from map(compressors[0].compress, blocks)
-        return
+    # A compressor is for one thread at a time: each serves every so-and-so-many-th block, after its last.
+    compressors = itertools.cycle(
+        [zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True) for _ in range(threads)]
+    )
     with ThreadPoolExecutor(threads, "zstd") as pool:
         waiting: deque[Future[bytes]] = deque()
-        try:
-            # A compressor is for one thread at a time: each serves every so-and-so-many-th block, after its last.
-            for block, compressor in zip(blocks, itertools.cycle(compressors), strict=False):
-                if len(waiting) == threads:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(compressor.compress, block))
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _compressor() -> zstandard.ZstdCompressor:
-    return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+        for block in blocks:
+            frame = waiting.popleft().result() if len(waiting) == threads else None
+            waiting.append(pool.submit(next(compressors).compress, block))
+            if frame is not None:
+                yield frame
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _write_part(
@@ -137,14 +129,17 @@ def _write_part(
 ) -> Part:
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0
+    compressing: deque[int] = deque()
 
     def blocks() -> Iterator[bytes]:
         nonlocal raw_size_bytes
-        while raw_size_bytes == 0 or (ahead.more and size_bytes < limit_bytes):
+        # What is still being compressed is counted as if it could not be: a part holds a frame less, never one more.
+        while raw_size_bytes == 0 or (ahead.more and size_bytes + sum(compressing) < limit_bytes):
             operation.check()
-            block = ahead.take(min(FRAME_BYTES, limit_bytes))
+            block = ahead.take(min(FRAME_BYTES, limit_bytes - size_bytes - sum(compressing)))
             operation.pace(len(block))
             raw_size_bytes += len(block)
+            compressing.append(len(block))
             operation.advance(component, len(block))
             yield block
             if not ahead.more:
@@ -154,6 +149,7 @@ def _write_part(
         nonlocal size_bytes
         for frame in _compressed(blocks(), threads):
             digest.update(frame)
+            compressing.popleft()
             size_bytes += len(frame)
             yield frame
 

@@ -36,6 +36,7 @@ from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.staging import StagedDatabase
+from athena_backup.process import give_memory_back
 from athena_backup.settings import Settings, load_settings
 from athena_backup.store import Store
 from blocks.stores import open_store
@@ -118,6 +119,7 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
     operation = Operation.lasting(
         settings.athena_operation_timeout_seconds, bytes_per_second=rate * 1_000_000 if rate is not None else None
     )
+    give_memory_back()
     # For the run's own process, which its children are like; the service's others answer people.
     os.nice(settings.athena_nice)
     with get_client(sync_client=True) as client:

@@ -19,7 +19,7 @@ from athena_backup.crew import Turn
 from athena_backup.errors import AthenaError, DamagedError, FinalError, UnavailableError
 from athena_backup.manifest import Stream, TableData
 from athena_backup.operation import LOOK_SECONDS, Operation
-from athena_backup.pipeline import read_stream
+from athena_backup.pipeline import FRAME_BYTES, read_stream
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held, snapshot_session
 from athena_backup.postgres.sessions import (
     APPLICATION_NAME,
@@ -47,7 +47,6 @@ _CTID_SCAN_SINCE = 140_000
 # Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
 _ESCAPES_SINCE = 130_000
 _PIECE_BYTES = 256 << 10
-_AHEAD = 8
 
 # Types whose binary form is the same in every version since 10 and depends on no setting but client_encoding; of all others
 # (and of what extensions bring) only the text is sure to be read by a newer server.
@@ -257,7 +256,7 @@ class RangeReading:
                 connection.terminate()
 
     def _copied(self, connection: Any, runner: asyncio.Runner, operation: Operation) -> Iterator[bytes]:
-        pieces: asyncio.Queue[bytes | None] = asyncio.Queue(_AHEAD)
+        gathered = _Gathered()
 
         async def copy() -> str:
             table, query = self._of.table, self._of.query
@@ -267,11 +266,10 @@ class RangeReading:
                     schema_name=table.schema_name,
                     columns=table.columns,
                     format=table.format,
-                    output=pieces.put,
+                    output=gathered.put,
                 )
             else:
-                status = await connection.copy_from_query(query, format=table.format, output=pieces.put)
-            await pieces.put(None)
+                status = await connection.copy_from_query(query, format=table.format, output=gathered.put)
             return status
 
         async def started() -> asyncio.Task[str]:
@@ -283,11 +281,12 @@ class RangeReading:
                 operation.check()
                 self._held.check()
                 self._turn.check()
-                piece = runner.run(_next(pieces, copying))
-                if piece is None:
+                is_ended = runner.run(gathered.filled(copying))
+                block = gathered.take()
+                if block:
+                    yield block
+                if is_ended:
                     break
-                if piece:
-                    yield piece
             self.rows = int(copying.result().removeprefix("COPY "))
         finally:
             if not copying.done():
@@ -343,18 +342,40 @@ class RangeReading:
         return problem
 
 
-async def _next(pieces: "asyncio.Queue[bytes | None]", copying: "asyncio.Task[str]") -> bytes | None:
-    """The next piece; empty when there is none yet, None at the end."""
-    if pieces.empty():
-        if copying.done():
-            return None
-        try:
-            return await asyncio.wait_for(pieces.get(), LOOK_SECONDS)
-        except TimeoutError:
-            return b""
-    # The driver is let run on before the piece is worked on: whatever has come meanwhile is taken off the socket.
-    await asyncio.sleep(0)
-    return pieces.get_nowait()
+class _Gathered:
+    """What the driver has handed out, until it is a frame's worth: to enter its loop for each piece would cost more than COPY."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._size_bytes = 0
+        self._is_full = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+
+    async def put(self, piece: bytes) -> None:
+        """Take a piece, once there is room for it: until then the driver does not read on."""
+        await self._has_room.wait()
+        self._pieces.append(piece)
+        self._size_bytes += len(piece)
+        if self._size_bytes >= FRAME_BYTES:
+            self._has_room.clear()
+            self._is_full.set()
+
+    async def filled(self, copying: "asyncio.Task[str]") -> bool:
+        """Wait for a frame's worth, or the end, or until it is time to look around; returns whether it was the end."""
+        full = asyncio.create_task(self._is_full.wait())
+        await asyncio.wait({full, copying}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        full.cancel()
+        return copying.done()
+
+    def take(self) -> bytes:
+        """Everything that has come, in one piece."""
+        block = b"".join(self._pieces)
+        self._pieces.clear()
+        self._size_bytes = 0
+        self._is_full.clear()
+        self._has_room.set()
+        return block
 
 
 async def _settled(copying: "asyncio.Task[str]") -> None:
