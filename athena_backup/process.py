@@ -24,7 +24,7 @@ STDERR_LIMIT_LINES = 2_000
 _LINE_LIMIT_BYTES = 8_192
 _GRACE_SECONDS = 5.0
 _M_MMAP_THRESHOLD = -3
-_KEPT_BYTES = 1 << 20
+_KEPT_BYTES = 8 << 20
 
 # Run between fork and exec in an interpreter of its own: `preexec_fn` may deadlock in a process with threads
 # (Python manual, subprocess), and prctl(2)'s PR_SET_PDEATHSIG (1) has to be set by the child itself. The look at the
@@ -122,10 +122,11 @@ class Child:
 
 
 def give_memory_back() -> None:
-    """Have the C library return every freed buffer of a MiB and more to the system at once (mallopt(3), M_MMAP_THRESHOLD).
+    """Have the C library return every freed buffer of 8 MiB and more to the system at once (mallopt(3), M_MMAP_THRESHOLD).
 
-    Left alone, glibc keeps such buffers for later in each thread's heap after the first of them was freed: a backup into an
-    object store held 645 MiB instead of some 300. Other C libraries have no such call, and no such habit.
+    These are the upload parts. Left alone, glibc keeps them for later in each thread's heap after the first was freed, and a
+    backup into an object store holds a quarter more; returning smaller ones too costs a quarter more processor time (tried).
+    Other C libraries have no such call, and no such habit.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
