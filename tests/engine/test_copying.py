@@ -132,7 +132,7 @@ def test_a_copy_has_every_object_of_the_set_and_restores_from_there(
         == copied.size_bytes
         == sum(part.size_bytes for one in manifest.components for part in one.parts)
     )
-    assert copied.parts == 8
+    assert copied.parts == sum(len(one.parts) for one in manifest.components)
     prefix = manifest.set_id.prefix
     there = {entry.key: read_document(target, entry.key) for entry in target.entries(prefix)}
     here = {entry.key: read_document(local_store, entry.key) for entry in local_store.entries(prefix)}
