@@ -124,7 +124,10 @@ def table_sizes(held: Held, operation: Operation) -> dict[int, int]:
 def _counted_tables(held: Held, operation: Operation) -> Sequence[Row[Any]]:
     # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
     with translating(held, operation), held.locks_lock, cancelled_with(held.locks, operation):
-        return held.locks.execute(_COUNTED_TABLES).all()
+        rows = held.locks.execute(_COUNTED_TABLES).all()
+    # L sees what is made after the cut too; S, like every reader of the snapshot, only what L has locked.
+    locked = {oid for oid, _, _ in held.locked}
+    return [row for row in rows if row.oid in locked]
 
 
 def with_dump(

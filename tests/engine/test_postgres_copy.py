@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage
+from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage
 
 from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, DamagedError, FinalError, PassingError
@@ -196,18 +196,12 @@ def back_up(
     operation = operation or Operation()
     with hold_cut([database], operation) as cut:
         return write_database(
-            *(database, cut, store, dumping_set(), "run", operation),
+            *(database, cut, store, SET, "run", operation),
             crew=Crew(jobs),
             client_directories=[binaries()],
             bulk_bytes=0,
             range_bytes=range_bytes,
         )
-
-
-def dumping_set():  # type: ignore[no-untyped-def]
-    from round_trip import SET
-
-    return SET
 
 
 def test_a_copy_whose_connection_is_ended_may_be_tried_again(
@@ -294,7 +288,7 @@ def test_rows_that_pg_dump_leaves_out_or_writes_twice_fail_the_backup(
         saying.chmod(0o755)
         with hold_cut([database], Operation()) as cut:
             write_database(
-                *(database, cut, local_store, dumping_set(), "run", Operation()), client_directories=[tmp_path], **sizes
+                *(database, cut, local_store, SET, "run", Operation()), client_directories=[tmp_path], **sizes
             )
 
     program = binaries() / "pg_dump"
@@ -381,3 +375,22 @@ def test_ten_thousand_tables_are_read_by_a_server_as_it_comes(tmp_path: Path, lo
         component = dump(database, local_store)
         assert component.database is not None
         assert len(component.database.tables) == 10_000
+
+
+@pytest.mark.parametrize("bulk_bytes", [0, 1 << 50], ids=["by COPY", "by pg_dump"])
+def test_a_table_that_is_made_after_the_cut_is_no_part_of_the_backup_and_no_fault_of_it(
+    make_database: Make, local_store: LocalStore, bulk_bytes: int
+) -> None:
+    database = make_database("late", "CREATE TABLE t AS SELECT 1 AS i")
+    with hold_cut([database], Operation()) as cut:
+        sql(database, "CREATE TABLE late AS SELECT 2 AS i")
+        component = write_database(
+            *(database, cut, local_store, SET, "run", Operation()),
+            crew=Crew(2),
+            client_directories=[binaries()],
+            bulk_bytes=bulk_bytes,
+        )
+    assert component.database is not None
+    assert [(table.name, table.rows) for table in component.database.tables] == [("t", 1)]
+    restore(component, database, local_store)
+    assert rows(database, "SELECT to_regclass('public.late')::text, (SELECT i FROM public.t)") == [(None, 1)]
