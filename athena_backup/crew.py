@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from athena_backup.errors import FinalError
 
+_GRACE_SECONDS = 60
 _Result = TypeVar("_Result")
 
 
@@ -70,7 +71,8 @@ class Crew:
     def run(self, units: Sequence[Unit[_Result]]) -> list[_Result]:
         """Do all ``units`` and return their results in their order; raises what the first one that fails raises.
 
-        Returns or raises only when none of them is at work any more. Must not be called from within a unit.
+        Returns or raises when none of them is at work any more; a thread that is interrupted from outside waits for that
+        `_GRACE_SECONDS` at most. Must not be called from within a unit.
         """
         batch = _Batch(len(units), [None] * len(units))
         with self._changed:
@@ -78,13 +80,14 @@ class Crew:
                 self._count += 1
                 rank = (-unit.size_bytes, self._count)
                 heapq.heappush(self._waiting, _Waiting(rank, unit, batch, index, contextvars.copy_context()))
-            self._start()
             try:
+                self._start()
                 while batch.left:
                     self._changed.wait()
             except BaseException as error:
-                # Whoever waits is told to stop (Prefect throws into its threads): so are they.
+                # Whoever waits is told to stop (Prefect throws into its threads): so are they, and then waited for.
                 batch.error = batch.error or error
+                self._changed.wait_for(lambda: not batch.left, _GRACE_SECONDS)
                 raise
         if batch.error is not None:
             raise batch.error

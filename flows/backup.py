@@ -10,7 +10,7 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.client.schemas.objects import State
-from prefect.futures import wait
+from prefect.futures import PrefectFuture, wait
 from prefect.states import Cancelled, Completed, Failed
 
 from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component
@@ -51,13 +51,21 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 *(Expected(one.name, "volume") for one in volumes),
             ]
             refuse_foreign_set(working)
-            with cut_of(databases, working):
-                reading = [back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases]
-                archiving = [back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes]
-                wait(reading)
-                write_server_globals(working)
-            # What the snapshots hold back on the servers goes on while the last volumes are read.
-            wait(archiving)
+            archiving: list[PrefectFuture[None]] = []
+            try:
+                with cut_of(databases, working):
+                    reading = [
+                        back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases
+                    ]
+                    archiving += [
+                        back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes
+                    ]
+                    wait(reading)
+                    write_server_globals(working)
+            finally:
+                # What the snapshots hold back on the servers goes on while the last volumes are read. Whatever happens, the
+                # slot is kept until nobody writes any more.
+                wait(archiving)
             outcome = close_set(
                 working.store,
                 working.set_id,

@@ -6,8 +6,10 @@ libpq hands out rows, so it is the one that reads; a load is the server's work, 
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -47,6 +49,7 @@ _CTID_SCAN_SINCE = 140_000
 # Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
 _ESCAPES_SINCE = 130_000
 _PIECE_BYTES = 256 << 10
+logger = logging.getLogger("athena_backup.postgres")
 
 # Types whose binary form is the same in every version since 10 and depends on no setting but client_encoding; of all others
 # (and of what extensions bring) only the text is sure to be read by a newer server.
@@ -194,9 +197,11 @@ class TableRange:
 def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
     """The tables of a held database that are worth a COPY of their own, the biggest first.
 
-    None where the driver of the copies can't be told what the database's URL says. Raises SQLAlchemy's errors.
+    None where the driver of the copies can't reach the database as libpq does (an exotic login): pg_dump reads it then, alone
+    and slower, and the log says so. Raises SQLAlchemy's errors.
     """
-    if unshared_parameters(held.database.url):
+    if reason := _unreachable(held.database.url):
+        logger.warning("%s is read by pg_dump alone, not by parallel COPY: %s", held.database.name, reason)
         return []
     parameters = {
         "oids": [oid for oid, _, _ in held.locked],
@@ -226,9 +231,39 @@ def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
     return [table for table in found if can_be_named or table.is_ascii]
 
 
-def unshared_parameters(url: URL) -> list[str]:
-    """The parameters of a URL that libpq knows and asyncpg doesn't; such a database is read by pg_dump alone."""
-    return sorted(url.query.keys() - _SHARED_PARAMETERS)
+def _unreachable(url: URL) -> str:
+    """Why asyncpg can't log in where libpq could; empty if it can."""
+    if unknown := sorted(url.query.keys() - _SHARED_PARAMETERS):
+        return f"its driver does not know {', '.join(unknown)}"
+
+    async def try_it() -> None:
+        connection = await _connect(url)
+        await connection.close(timeout=CONNECT_SECONDS)
+
+    try:
+        # In a thread of its own: whoever calls may stand in an event loop.
+        with ThreadPoolExecutor(1, "copy") as pool:
+            pool.submit(lambda: asyncio.run(try_it())).result()
+    # RuntimeError: of a login by GSSAPI without its library; ValueError: of parameters.
+    except (OSError, TimeoutError, RuntimeError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        return f"its driver can't log in: {error or type(error).__name__}"
+    return ""
+
+
+async def _connect(url: URL) -> Any:
+    ours = {name: url.query[name] for name in url.query if name not in ("host", "port")}
+    host, port = url.host or url.query.get("host"), url.port or url.query.get("port")
+    return await asyncpg.connect(
+        f"postgresql://?{urlencode(ours)}",
+        host=list(host) if isinstance(host, tuple) else host,
+        port=[int(one) for one in port] if isinstance(port, tuple) else port and int(port),
+        user=url.username,
+        password=url.password,
+        database=url.database,
+        timeout=CONNECT_SECONDS,
+        statement_cache_size=0,
+        server_settings={"application_name": APPLICATION_NAME},
+    )
 
 
 class RangeReading:
@@ -247,7 +282,7 @@ class RangeReading:
     def chunks(self, operation: Operation) -> Iterator[bytes]:
         """COPY's bytes; raises `FinalError` for a lock that is refused, `PassingError` for a broken connection."""
         with asyncio.Runner() as runner, self._told(operation):
-            connection = runner.run(self._connect())
+            connection = runner.run(_connect(self._held.database.url))
             try:
                 runner.run(self._enter_snapshot(connection))
                 yield from self._copied(connection, runner, operation)
@@ -293,22 +328,6 @@ class RangeReading:
                 # The server is told, and its answer awaited for a moment: a COPY that nobody reads would hold its lock.
                 copying.cancel()
                 runner.run(_settled(copying))
-
-    async def _connect(self) -> Any:
-        url = self._held.database.url
-        ours = {name: url.query[name] for name in url.query if name not in ("host", "port")}
-        host, port = url.host or url.query.get("host"), url.port or url.query.get("port")
-        return await asyncpg.connect(
-            f"postgresql://?{urlencode(ours)}",
-            host=list(host) if isinstance(host, tuple) else host,
-            port=[int(one) for one in port] if isinstance(port, tuple) else port and int(port),
-            user=url.username,
-            password=url.password,
-            database=url.database,
-            timeout=CONNECT_SECONDS,
-            statement_cache_size=0,
-            server_settings={"application_name": APPLICATION_NAME},
-        )
 
     async def _enter_snapshot(self, connection: Any) -> None:
         encoding = await connection.fetchval("SELECT pg_catalog.current_setting('server_encoding')")

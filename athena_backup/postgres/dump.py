@@ -112,8 +112,9 @@ def write_database(
         return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
 
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
-    ranges = [one for table in bulk for one in table.ranges(range_bytes)]
-    split = [table for table in bulk if sum(of.table is table for of in ranges) > 1]
+    pieces = [table.ranges(range_bytes) for table in bulk]
+    ranges = [one for some in pieces for one in some]
+    split = [some[0].table for some in pieces if len(some) > 1]
     units: list[Unit[Any]] = [
         # However little it holds, it reads every catalog first.
         Unit(

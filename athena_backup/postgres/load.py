@@ -69,7 +69,7 @@ class Loading:
         """Load everything; raises the first thing that fails: the staging database is of no use then."""
         dump, *tables = self.component.streams
         if not tables:
-            crew.run([Unit(self.component.raw_size_bytes, lambda _: self._restore(feed=dump))])
+            crew.run([Unit(self.component.raw_size_bytes, lambda turn: self._restore(feed=dump, turn=turn))])
             return
         number = Counter((one.table.schema_name, one.table.name) for one in tables if one.table is not None)
         head = self._head(dump)
@@ -79,7 +79,7 @@ class Loading:
             crew.run([Unit(0, lambda _: self._restore(archive, entries=_but_rights(before)))])
             crew.run(
                 [
-                    Unit(_size(dump), lambda _: self._restore(entries=_but_rights(data), feed=dump)),
+                    Unit(_size(dump), lambda turn: self._restore(entries=_but_rights(data), feed=dump, turn=turn)),
                     *(Unit(_size(one), partial(self._load, one, number)) for one in tables),
                 ]
             )
@@ -116,8 +116,12 @@ class Loading:
         entries: Sequence[bytes] | None = None,
         jobs: int = 1,
         feed: Stream | None = None,
+        turn: Turn | None = None,
     ) -> None:
-        """One run of pg_restore: of all ``entries`` of the archive or of the stream that is fed to it, or of some."""
+        """One run of pg_restore, of the archive or of the stream that is fed to it: all of it, or some ``entries``.
+
+        ``turn`` stops the feeding when another stream of the component has failed.
+        """
         command = [str(self.client), "--no-password", f"--dbname={connection_string(self.staging.database)}"]
         sets_unknown = self.server < _TRANSACTION_TIMEOUT_SINCE <= client_version(self.client)
         if not sets_unknown:
@@ -135,7 +139,7 @@ class Loading:
                 running(command, self.operation, environment=environment, reads=feed is not None)
             )
             if feed is not None:
-                feeding = _Feeding(child.stdin, self.component.name, feed, self.store, self.operation)
+                feeding = _Feeding(child.stdin, self.component.name, feed, self.store, self.operation, turn)
             ended = child.wait(self.operation)
             if feeding is not None:
                 # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
@@ -195,7 +199,15 @@ def _size(stream: Stream) -> int:
 class _Feeding:
     """A thread that hands a stored stream to a child's stdin, to its verified end."""
 
-    def __init__(self, stdin: IO[bytes], component: str, stream: Stream, store: Store, operation: Operation) -> None:
+    def __init__(
+        self,
+        stdin: IO[bytes],
+        component: str,
+        stream: Stream,
+        store: Store,
+        operation: Operation,
+        turn: Turn | None = None,
+    ) -> None:
         # The thread owns a descriptor of its own, and the pipe object is closed as such: closing the bare number under it
         # would let the object close it once more, when it may already be some other thread's file (seen).
         self._descriptor = os.dup(stdin.fileno())
@@ -204,6 +216,7 @@ class _Feeding:
         self._stream = stream
         self._store = store
         self._operation = operation
+        self._turn = turn
         self.error: AthenaError | None = None
         self.finished = False
         self._thread = threading.Thread(target=self._run, name=f"feed-{component}", daemon=True)
@@ -216,6 +229,8 @@ class _Feeding:
     def _run(self) -> None:
         try:
             for chunk in read_stream(self._component, self._stream.parts, self._store, self._operation):
+                if self._turn is not None:
+                    self._turn.check()
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(self._descriptor, view) :]

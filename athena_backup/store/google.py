@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree
 
+import certifi
 import google.auth.exceptions
 import google.auth.transport
 import httpx
@@ -92,6 +93,8 @@ class GoogleAccess:
     @contextlib.contextmanager
     def _session(self) -> Iterator["_Session"]:
         context = ssl.create_default_context()
+        # A slim image may have no authorities of its own.
+        context.load_verify_locations(certifi.where())
         if self.ca_bundle is not None:
             try:
                 context.load_verify_locations(self.ca_bundle)

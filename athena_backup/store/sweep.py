@@ -115,12 +115,19 @@ class S3Access:
             raise first
 
 
-@functools.cache
 def _with_usual(bundle: Path) -> str:
-    """A file with the usual authorities and those of ``bundle``: boto3 trusts one file alone."""
+    """A file with the usual authorities and those of ``bundle``: boto3 trusts one file alone. Raises `FinalError`."""
+    try:
+        return _joined(bundle.read_bytes())
+    except OSError as error:
+        raise FinalError(f"the CA bundle {bundle} can't be read: {error.strerror}") from None
+
+
+@functools.cache
+def _joined(authorities: bytes) -> str:
     with tempfile.NamedTemporaryFile("wb", prefix="athena-ca-", suffix=".pem", delete=False) as file:
         atexit.register(Path(file.name).unlink, missing_ok=True)
-        file.write(Path(certifi.where()).read_bytes() + b"\n" + bundle.read_bytes())
+        file.write(Path(certifi.where()).read_bytes() + b"\n" + authorities)
     return file.name
 
 

@@ -1,5 +1,6 @@
 """One budget for all components: never more at work than it has slots, the biggest first, and a failure stops its own only."""
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -120,3 +121,35 @@ def test_a_failure_of_one_component_is_none_of_another() -> None:
     gauge.opened.set()
     thread.join(20)
     assert results == [["other"]]
+
+
+def test_a_waiting_thread_that_is_told_to_stop_leaves_nobody_at_work() -> None:
+    crew, gauge = Crew(1), Gauge()
+    stopped: list[str] = []
+    ended: list[list[str]] = []
+
+    def work(turn: Turn) -> None:
+        gauge.order.append("begun")
+        while True:
+            try:
+                turn.check()
+            except FinalError:
+                stopped.append("stopped")
+                raise
+
+    def call() -> None:
+        try:
+            crew.run([Unit(1, work)])
+        except SystemExit:
+            ended.append(list(stopped))
+
+    thread = in_thread(call)
+    while not (gauge.order and crew._changed._waiters):  # type: ignore[attr-defined]
+        threading.Event().wait(0.001)
+    # As Prefect does: an exception from outside, which the thread meets when it next runs.
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    with crew._changed:
+        crew._changed.notify_all()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert ended == [["stopped"]]

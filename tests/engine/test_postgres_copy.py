@@ -348,6 +348,20 @@ def test_a_parameter_that_only_libpq_knows_leaves_everything_to_pg_dump(
         assert [table.name for table in bulk_tables(cut.of("libpq"), bulk_bytes=0)] == ["t"]
 
 
+def test_a_login_that_only_libpq_can_do_leaves_everything_to_pg_dump_and_is_logged(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("gssapi module not found")
+
+    database = big_table(make_database, "kerberos")
+    monkeypatch.setattr("athena_backup.postgres.copy.asyncpg.connect", refuse)
+    component = dump(database, local_store, bulk_bytes=0)
+    assert len(component.streams) == 1
+    assert "kerberos is read by pg_dump alone, not by parallel COPY" in caplog.text
+    assert "gssapi module not found" in caplog.text
+
+
 def test_each_stream_is_copys_own_bytes(make_database: Make, local_store: LocalStore) -> None:
     database = make_database("plain", "CREATE TABLE t AS SELECT 7 AS i; CREATE TABLE u AS SELECT 'a'::tsvector AS x")
     component = dump(database, local_store, bulk_bytes=0)
