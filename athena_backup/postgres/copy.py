@@ -7,8 +7,9 @@ libpq hands out rows, so it is the one that reads; a load is the server's work, 
 import asyncio
 import contextlib
 import logging
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from athena_backup.errors import AthenaError, DamagedError, FinalError, Unavaila
 from athena_backup.manifest import Stream, TableData
 from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import FRAME_BYTES, read_stream
-from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held, snapshot_session
+from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
 from athena_backup.postgres.sessions import (
     APPLICATION_NAME,
     CONNECT_SECONDS,
@@ -46,6 +47,8 @@ _TABLES_LIMIT = 1_000
 """pg_dump is told of each by a pattern in its command line."""
 _RANGES_LIMIT = 1_000
 _CTID_SCAN_SINCE = 140_000
+_LOCKED_LIMIT = 64
+"""Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
 # Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
 _ESCAPES_SINCE = 130_000
 _PIECE_BYTES = 256 << 10
@@ -266,99 +269,224 @@ async def _connect(url: URL) -> Any:
     )
 
 
-class RangeReading:
-    """One COPY of a range as a `Source`'s chunks; ``rows`` is known when they have ended.
+class CopySessions:
+    """Sessions under the snapshot of one database, each of which reads one range after the other.
 
-    The thread that takes the chunks runs the driver's event loop between them: while it compresses, the server fills the
-    socket's buffer, and when that is full, waits.
+    A new session for every range would cost a start of a backend, and the server as many first looks at its shared buffers.
     """
 
-    def __init__(self, held: Held, of: TableRange, turn: Turn) -> None:
+    def __init__(self, held: Held, split: Sequence[BulkTable]) -> None:
+        """``split``: the tables that are read in ranges, which every session locks at its start: DDL that queues for one
+        later can't come between two of its ranges.
+        """
         self._held = held
+        self._split = tuple(split[:_LOCKED_LIMIT])
+        self._lock = threading.Lock()
+        self._idle: list[_CopySession] = []
+        self._is_closed = False
+
+    @contextlib.contextmanager
+    def one(self, operation: Operation, turn: Turn) -> Iterator["_CopySession"]:
+        """A session for one piece of work; it is kept for the next one only where nothing went wrong."""
+        with self._lock:
+            kept = self._idle.pop() if self._idle else None
+        one = kept or _CopySession(self._held, self._split)
+        one.begin(operation, turn)
+        is_whole = False
+        try:
+            yield one
+            is_whole = True
+        finally:
+            with self._lock:
+                is_kept = is_whole and not self._is_closed
+                if is_kept:
+                    self._idle.append(one)
+            if not is_kept:
+                one.close()
+
+    def close(self) -> None:
+        """End all sessions; those that are in use end with their work."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+        for one in idle:
+            one.close()
+
+
+class _CopySession:
+    """A connection of asyncpg's and the event loop that it belongs to; for one thread at a time."""
+
+    def __init__(self, held: Held, split: Sequence[BulkTable]) -> None:
+        self._held = held
+        self._split = split
+        self._runner = asyncio.Runner()
+        self._connection: Any = None
+        self._locked: set[int] = set()
+        self._check: Callable[[], None] = held.check
+
+    def begin(self, operation: Operation, turn: Turn) -> None:
+        """Whom the next calls have to stop for."""
+
+        def check() -> None:
+            operation.check()
+            self._held.check()
+            turn.check()
+
+        self._check = check
+
+    def close(self) -> None:
+        """End the connection without a word: its transaction has only read."""
+        if self._connection is not None:
+            self._connection.terminate()
+        self._runner.close()
+
+    def count(self, table: BulkTable) -> int:
+        """How many rows a table has."""
+        with self._told(table):
+            self._enter(table)
+            working = self._started(self._connection.fetchval(f"SELECT count(*) FROM ONLY {table.ascii_name}"))  # noqa: S608 - quoted
+            with self._stopping(working):
+                while not working.done():
+                    self._check()
+                    self._runner.run(_done_or_later(working))
+                return int(working.result())
+
+    def copy(self, of: TableRange, ended: Callable[[int], None]) -> Iterator[bytes]:
+        """A range's bytes in blocks of about a frame; ``ended`` is called with the number of rows behind the last one.
+
+        The thread that takes the blocks runs the driver's event loop between them: while it compresses, the server fills the
+        socket's buffer, and when that is full, waits.
+        """
+        with self._told(of.table):
+            self._enter(of.table)
+            gathered = _Gathered()
+            copying = self._started(self._copied(of, gathered))
+            with self._stopping(copying):
+                while True:
+                    self._check()
+                    is_ended = self._runner.run(gathered.filled(copying))
+                    block = gathered.take()
+                    if block:
+                        yield block
+                    if is_ended:
+                        break
+                ended(int(copying.result().removeprefix("COPY ")))
+
+    async def _copied(self, of: TableRange, gathered: "_Gathered") -> str:
+        table, query = of.table, of.query
+        if query is None:
+            status: str = await self._connection.copy_from_table(
+                table.name,
+                schema_name=table.schema_name,
+                columns=table.columns,
+                format=table.format,
+                output=gathered.put,
+            )
+        else:
+            status = await self._connection.copy_from_query(query, format=table.format, output=gathered.put)
+        return status
+
+    def _started(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        async def started() -> "asyncio.Task[Any]":
+            return asyncio.create_task(work)
+
+        return self._runner.run(started())
+
+    @contextlib.contextmanager
+    def _stopping(self, working: "asyncio.Task[Any]") -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if not working.done():
+                # The server is told, and its answer awaited for a moment: a COPY that nobody reads would hold its lock.
+                working.cancel()
+                self._runner.run(_settled(working))
+
+    def _enter(self, table: BulkTable) -> None:
+        """See to it that the session is under the snapshot and has the table's lock."""
+        self._check()
+        if self._connection is None:
+            self._connection = self._runner.run(_connect(self._held.database.url))
+            self._runner.run(self._set_up())
+        if table.oid in self._locked:
+            return
+        if self._locked and len(self._locked) < _LOCKED_LIMIT:
+            self._lock([table])
+            return
+        self._import_snapshot()
+        try:
+            self._lock([table, *(one for one in self._split if one != table)])
+        except asyncpg.LockNotAvailableError:
+            # What DDL waits for may have been read whole by now, or be another session's.
+            self._import_snapshot()
+            self._lock([table])
+
+    async def _set_up(self) -> None:
+        encoding = await self._connection.fetchval("SELECT pg_catalog.current_setting('server_encoding')")
+        settings = {
+            **READING_SETTINGS,
+            "client_encoding": client_encoding(encoding),
+            "jit": "off",
+            "max_parallel_workers_per_gather": "0",
+        }
+        known = "SELECT pg_catalog.set_config(name, $2, false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) $1"
+        for name, value in settings.items():
+            await self._connection.fetch(known, "DateStyle" if name == "datestyle" else name, value)
+
+    def _import_snapshot(self) -> None:
+        """Begin a transaction under the cut's snapshot, without any lock."""
+        self._locked.clear()
+        for statement in (
+            "ROLLBACK",  # only a warning where there is nothing to be ended
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+            f"SET TRANSACTION SNAPSHOT '{self._held.snapshot}'",
+        ):
+            self._runner.run(self._connection.execute(statement))
+
+    def _lock(self, tables: Sequence[BulkTable]) -> None:
+        names = ", ".join(f"ONLY {table.ascii_name}" for table in tables)
+        self._runner.run(self._connection.execute(f"LOCK TABLE {names} IN ACCESS SHARE MODE NOWAIT"))
+        self._locked.update(table.oid for table in tables)
+
+    @contextlib.contextmanager
+    def _told(self, table: BulkTable) -> Iterator[None]:
+        """The driver's errors as this project's own, with the table's name."""
+        try:
+            yield
+        except asyncpg.PostgresError as error:
+            self._check()
+            self._held.prove()
+            if error.sqlstate == LOCK_NOT_AVAILABLE:
+                raise self._held.refused_lock() from error
+            raise _named(table, translated_state(error.sqlstate or "", str(error))) from error
+        except (OSError, asyncpg.InterfaceError, TimeoutError) as error:
+            self._check()
+            self._held.prove()
+            raise _named(table, UnavailableError(f"PostgreSQL: {error or type(error).__name__}")) from error
+
+
+def _named(table: BulkTable, problem: AthenaError) -> AthenaError:
+    problem.cause = f"reading {table.full_name}: {problem.cause}"
+    problem.step = "copying"
+    return problem
+
+
+class RangeReading:
+    """One COPY of a range as a `Source`'s chunks; ``rows`` is known when they have ended."""
+
+    def __init__(self, sessions: CopySessions, of: TableRange, turn: Turn) -> None:
+        self._sessions = sessions
         self._of = of
         self._turn = turn
         self.rows = 0
 
     def chunks(self, operation: Operation) -> Iterator[bytes]:
         """COPY's bytes; raises `FinalError` for a lock that is refused, `PassingError` for a broken connection."""
-        with asyncio.Runner() as runner, self._told(operation):
-            connection = runner.run(_connect(self._held.database.url))
-            try:
-                runner.run(self._enter_snapshot(connection))
-                yield from self._copied(connection, runner, operation)
-                runner.run(connection.close(timeout=CONNECT_SECONDS))
-            finally:
-                connection.terminate()
+        with self._sessions.one(operation, self._turn) as one:
+            yield from one.copy(self._of, self._end)
 
-    def _copied(self, connection: Any, runner: asyncio.Runner, operation: Operation) -> Iterator[bytes]:
-        gathered = _Gathered()
-
-        async def copy() -> str:
-            table, query = self._of.table, self._of.query
-            if query is None:
-                status: str = await connection.copy_from_table(
-                    table.name,
-                    schema_name=table.schema_name,
-                    columns=table.columns,
-                    format=table.format,
-                    output=gathered.put,
-                )
-            else:
-                status = await connection.copy_from_query(query, format=table.format, output=gathered.put)
-            return status
-
-        async def started() -> asyncio.Task[str]:
-            return asyncio.create_task(copy())
-
-        copying = runner.run(started())
-        try:
-            while True:
-                operation.check()
-                self._held.check()
-                self._turn.check()
-                is_ended = runner.run(gathered.filled(copying))
-                block = gathered.take()
-                if block:
-                    yield block
-                if is_ended:
-                    break
-            self.rows = int(copying.result().removeprefix("COPY "))
-        finally:
-            if not copying.done():
-                # The server is told, and its answer awaited for a moment: a COPY that nobody reads would hold its lock.
-                copying.cancel()
-                runner.run(_settled(copying))
-
-    async def _enter_snapshot(self, connection: Any) -> None:
-        encoding = await connection.fetchval("SELECT pg_catalog.current_setting('server_encoding')")
-        settings = {**READING_SETTINGS, "client_encoding": client_encoding(encoding), "jit": "off"}
-        known = "SELECT pg_catalog.set_config(name, $2, false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) $1"
-        for name, value in settings.items():
-            await connection.fetch(known, "DateStyle" if name == "datestyle" else name, value)
-        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        await connection.execute(f"SET TRANSACTION SNAPSHOT '{self._held.snapshot}'")
-        await connection.execute(f"LOCK TABLE ONLY {self._of.table.ascii_name} IN ACCESS SHARE MODE NOWAIT")
-
-    @contextlib.contextmanager
-    def _told(self, operation: Operation) -> Iterator[None]:
-        """The driver's errors as this project's own, with the table's name."""
-        try:
-            yield
-        except asyncpg.PostgresError as error:
-            operation.check()
-            self._held.prove()
-            if error.sqlstate == LOCK_NOT_AVAILABLE:
-                raise self._held.refused_lock() from error
-            raise self._named(translated_state(error.sqlstate or "", str(error))) from error
-        except (OSError, asyncpg.InterfaceError, TimeoutError) as error:
-            operation.check()
-            self._held.prove()
-            raise self._named(UnavailableError(f"PostgreSQL: {error or type(error).__name__}")) from error
-
-    def _named(self, problem: AthenaError) -> AthenaError:
-        problem.cause = f"reading {self._of.table.full_name}: {problem.cause}"
-        problem.step = "copying"
-        return problem
+    def _end(self, rows: int) -> None:
+        self.rows = rows
 
 
 class _Gathered:
@@ -397,8 +525,12 @@ class _Gathered:
         return block
 
 
-async def _settled(copying: "asyncio.Task[str]") -> None:
-    await asyncio.wait({copying}, timeout=5)
+async def _settled(working: "asyncio.Task[Any]") -> None:
+    await asyncio.wait({working}, timeout=5)
+
+
+async def _done_or_later(working: "asyncio.Task[Any]") -> None:
+    await asyncio.wait({working}, timeout=LOOK_SECONDS)
 
 
 def _ascii_quoted(identifier: str) -> str:
@@ -412,12 +544,10 @@ def _ascii_quoted(identifier: str) -> str:
     return "U&" + quoted(escaped)
 
 
-def count_rows(held: Held, table: BulkTable, operation: Operation, _: Turn) -> int:
+def count_rows(sessions: CopySessions, table: BulkTable, operation: Operation, turn: Turn) -> int:
     """How many rows a table has under the snapshot: what its ranges have to add up to. A crew's work."""
-    settings = {"max_parallel_workers_per_gather": "0"}
-    with snapshot_session(held, [table.full_name], operation, settings) as connection:
-        rows: int = run_sql(connection, f"SELECT count(*) FROM ONLY {table.full_name}").scalar_one()  # noqa: S608 - quoted
-        return rows
+    with sessions.one(operation, turn) as one:
+        return one.count(table)
 
 
 def load_range(

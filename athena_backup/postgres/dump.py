@@ -6,6 +6,7 @@ An exit code of 0 is not completeness ("PostgreSQL", section 2): stderr is read 
 and a warning that is not on it fails the component.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,6 +29,7 @@ from athena_backup.postgres.copy import (
     BULK_BYTES,
     RANGE_BYTES,
     BulkTable,
+    CopySessions,
     RangeReading,
     TableRange,
     bulk_tables,
@@ -106,15 +108,17 @@ def write_database(
             part_limit_bytes=part_limit_bytes,
         )
 
-    def write_range(of: TableRange, turn: Turn) -> Stream:
-        reading = RangeReading(held, of, turn)
-        parts = write(of.stream_name, reading.chunks)
-        return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
-
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
     pieces = [table.ranges(range_bytes) for table in bulk]
     ranges = [one for some in pieces for one in some]
     split = [some[0].table for some in pieces if len(some) > 1]
+    sessions = CopySessions(held, split)
+
+    def write_range(of: TableRange, turn: Turn) -> Stream:
+        reading = RangeReading(sessions, of, turn)
+        parts = write(of.stream_name, reading.chunks)
+        return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
+
     units: list[Unit[Any]] = [
         # However little it holds, it reads every catalog first.
         Unit(
@@ -123,9 +127,10 @@ def write_database(
         # First of all: what it looks at is locked for a moment only, and DDL that comes later may wait.
         Unit(small_bytes + 2 * _CATALOGS_BYTES, lambda _: read_facts(held, operation, uncounted=bulk_oids)),
         *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
-        *(Unit(table.size_bytes, partial(count_rows, held, table, operation)) for table in split),
+        *(Unit(table.size_bytes, partial(count_rows, sessions, table, operation)) for table in split),
     ]
-    stream, facts, *rest = (crew or Crew(1)).run(units)
+    with contextlib.closing(sessions):
+        stream, facts, *rest = (crew or Crew(1)).run(units)
     held.prove()
     streams, counts = rest[: len(ranges)], rest[len(ranges) :]
     _check_tables(head.tables(), sizes.keys() - bulk_oids, bulk_oids)

@@ -1,5 +1,6 @@
 """Bulk tables by COPY: every kind of table and value comes back equal, in ranges or whole, or the backup says why not."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -7,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage
+from sqlalchemy import text
 
-from athena_backup.crew import Crew
+from athena_backup.crew import Crew, Turn
 from athena_backup.errors import AthenaError, DamagedError, FinalError, PassingError
 from athena_backup.manifest import Component, TableData
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_stream
 from athena_backup.postgres import copy
-from athena_backup.postgres.copy import BulkTable, TableRange, bulk_tables
+from athena_backup.postgres.copy import BulkTable, CopySessions, TableRange, bulk_tables, count_rows, rows_of
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
@@ -222,24 +224,64 @@ def test_a_copy_whose_connection_is_ended_may_be_tried_again(
     assert len(back_up(database, local_store).streams) > 3
 
 
-def test_ddl_that_queues_in_the_middle_fails_the_component_which_names_it(
+def queued_behind(database: Database, postgres: EmbeddedServer, statement: str) -> threading.Thread:
+    """DDL that waits for the locks of a backup that goes on."""
+    queued = threading.Thread(target=lambda: sql(database, statement))
+    queued.start()
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE query = :query AND wait_event_type = 'Lock'"
+    with session(postgres.url()) as admin:
+        while not admin.execute(text(waiting), {"query": statement}).scalar_one():
+            pass
+    return queued
+
+
+def test_ddl_that_queues_for_a_table_that_is_still_to_be_read_fails_the_component_which_names_it(
     make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
 ) -> None:
-    database = big_table(make_database, "queued")
-    truncating = threading.Thread(target=lambda: sql(database, "TRUNCATE t /* in the middle */"))
+    # Of one range each, so that no session locks the second before its turn.
+    make = "CREATE TABLE {} AS SELECT i, md5(i::text) x FROM generate_series(1, {}) i"
+    database = make_database("queued", f"{make.format('t', 200_000)}; {make.format('u', 100_000)}")
+    queued: list[threading.Thread] = []
 
     def queue() -> None:
-        truncating.start()
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'TRUNCATE%' AND wait_event_type = 'Lock'"
-        with session(postgres.url()) as admin:
-            while not run_sql(admin, waiting).scalar_one():
-                pass
+        queued.append(queued_behind(database, postgres, "TRUNCATE u /* in the middle */"))
 
     with pytest.raises(FinalError, match=r"table lock was refused: pid \d+ waits with .*in the middle") as seen:
-        back_up(database, MeddledStore(local_store.location.place, queue), jobs=1)
+        back_up(database, MeddledStore(local_store.location.place, queue), jobs=1, range_bytes=1 << 30)
     assert seen.value.step == "locking the tables"
-    truncating.join(20)
-    assert not truncating.is_alive()
+    queued[0].join(20)
+    assert not queued[0].is_alive()
+
+
+def test_ddl_that_queues_between_the_ranges_of_a_table_waits_until_it_is_read(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = big_table(make_database, "between")
+    queued: list[threading.Thread] = []
+
+    def queue() -> None:
+        queued.append(queued_behind(database, postgres, "TRUNCATE t /* between */"))
+
+    component = back_up(database, MeddledStore(local_store.location.place, queue), jobs=1)
+    queued[0].join(20)
+    assert not queued[0].is_alive()
+    assert sum(stream.table.rows for stream in component.streams if stream.table) > 0
+    assert rows_of(component.streams)["public", "t"] == component.database.tables[0].rows
+
+
+def test_a_session_that_comes_late_needs_only_the_lock_of_the_table_that_it_reads(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    make = "CREATE TABLE {} AS SELECT i, md5(i::text) x FROM generate_series(1, 100000) i"
+    database = make_database("late", f"{make.format('t')}; {make.format('u')}")
+    with hold_cut([database], Operation()) as cut:
+        held = cut.of(database.name)
+        tables = {table.name: table for table in bulk_tables(held, bulk_bytes=0)}
+        queued = queued_behind(database, postgres, "TRUNCATE u /* late */")
+        with contextlib.closing(CopySessions(held, list(tables.values()))) as sessions:
+            assert count_rows(sessions, tables["t"], Operation(), Turn(1, lambda: None)) == 100_000
+    queued.join(20)
+    assert not queued.is_alive()
 
 
 def sql(database: Database, statement: str) -> None:
