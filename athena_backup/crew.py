@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from athena_backup.errors import FinalError
 
+WAITING_LIMIT = 1
+"""Each one holds upload parts in memory for as long as it waits."""
 _GRACE_SECONDS = 60
 _Result = TypeVar("_Result")
 
@@ -25,6 +27,11 @@ class Turn:
     """How many threads, connections or child processes it may use; 1 unless it said that it can use more."""
     check: Callable[[], None]
     """Raises when another unit of the same call has failed: nobody will use this one's result."""
+    give_back: Callable[[], None] = lambda: None
+    """Says that all that is left is to wait for somebody else, such as a store: the next unit may begin.
+
+    Of all units `WAITING_LIMIT` at most wait so without a slot; any further one keeps its own.
+    """
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,16 @@ class Unit(Generic[_Result]):
     work: Callable[[Turn], _Result]
     is_elastic: bool = False
     """Whether it can use every slot that nobody else waits for when its turn comes."""
+    after: Sequence[int] = ()
+    """Which units of the same call have to be done first, by their positions, all before its own."""
 
 
 @dataclass
 class _Batch:
     left: int
     results: list[Any]
+    behind: list["_Waiting"] = field(default_factory=list)
+    """Those that others of the batch have to be done before."""
     error: BaseException | None = None
 
     def check(self) -> None:
@@ -56,6 +67,8 @@ class _Waiting:
     batch: _Batch = field(compare=False)
     index: int = field(compare=False)
     context: contextvars.Context = field(compare=False)
+    before: set[int] = field(compare=False)
+    """What it still waits for."""
 
 
 class Crew:
@@ -64,6 +77,7 @@ class Crew:
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         self._free = jobs
+        self._without_slot = 0
         self._waiting: list[_Waiting] = []
         self._count = 0
         self._changed = threading.Condition()
@@ -77,9 +91,12 @@ class Crew:
         batch = _Batch(len(units), [None] * len(units))
         with self._changed:
             for index, unit in enumerate(units):
+                if any(not 0 <= position < index for position in unit.after):
+                    raise ValueError(f"unit {index} waits for {unit.after}")
                 self._count += 1
                 rank = (-unit.size_bytes, self._count)
-                heapq.heappush(self._waiting, _Waiting(rank, unit, batch, index, contextvars.copy_context()))
+                batch.behind.append(_Waiting(rank, unit, batch, index, contextvars.copy_context(), set(unit.after)))
+            self._queue(batch)
             try:
                 self._start()
                 while batch.left:
@@ -93,26 +110,52 @@ class Crew:
             raise batch.error
         return batch.results
 
+    def _queue(self, batch: _Batch) -> None:
+        """Let those wait for a slot that wait for nothing else any more; the lock is held."""
+        for one in [one for one in batch.behind if not one.before]:
+            batch.behind.remove(one)
+            heapq.heappush(self._waiting, one)
+
+    def _end(self, one: _Waiting) -> None:
+        """Count one that has ended or is not wanted any more; the lock is held."""
+        one.batch.left -= 1
+        for other in one.batch.behind:
+            other.before.discard(one.index)
+        self._queue(one.batch)
+        self._changed.notify_all()
+
     def _start(self) -> None:
         """Start whatever there is a slot for; the lock is held."""
         while self._free and self._waiting:
             one = heapq.heappop(self._waiting)
             if one.batch.error is not None:
-                one.batch.left -= 1
-                self._changed.notify_all()
+                self._end(one)
                 continue
             slots = self._free if one.unit.is_elastic and not self._waiting else 1
             self._free -= slots
             threading.Thread(target=self._do, args=(one, slots), name="crew", daemon=True).start()
 
     def _do(self, one: _Waiting, slots: int) -> None:
+        has_slots = True
+
+        def give_back() -> None:
+            nonlocal has_slots
+            with self._changed:
+                if has_slots and self._without_slot < WAITING_LIMIT:
+                    has_slots = False
+                    self._without_slot += 1
+                    self._free += slots
+                    self._start()
+
         try:
-            one.batch.results[one.index] = one.context.run(one.unit.work, Turn(slots, one.batch.check))
+            one.batch.results[one.index] = one.context.run(one.unit.work, Turn(slots, one.batch.check, give_back))
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the result
             one.batch.error = one.batch.error or error
         finally:
             with self._changed:
-                self._free += slots
-                one.batch.left -= 1
-                self._changed.notify_all()
+                if has_slots:
+                    self._free += slots
+                else:
+                    self._without_slot -= 1
+                self._end(one)
                 self._start()

@@ -60,19 +60,22 @@ def write_stream(
     *,
     part_limit_bytes: int = PART_LIMIT_BYTES,
     threads: int = 1,
+    on_read: Callable[[], None] = lambda: None,
 ) -> tuple[Part, ...]:
     """Store the whole of ``source`` as one part or more; ``key_of`` gives the key of part 0, 1, …
 
     A part is a whole number of zstd frames, each with its content checksum; ``cat part.* | zstd -d`` gives the stream back.
-    ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` compress it. Raises what the
-    source or store raises.
+    ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` compress it; ``on_read`` is
+    called when the source has been read and only the store is waited for. Raises what the source or store raises.
     """
     parts: list[Part] = []
     chunks = source.open(operation)
     with contextlib.closing(_Lookahead(chunks)) as ahead:
         while ahead.more or not parts:
             parts.append(
-                _write_part(ahead, source.component, store, key_of(len(parts)), operation, part_limit_bytes, threads)
+                _write_part(
+                    *(ahead, source.component, store, key_of(len(parts)), operation, part_limit_bytes, threads, on_read)
+                )
             )
     return tuple(parts)
 
@@ -125,7 +128,14 @@ def _compressed(blocks: Iterator[bytes], threads: int) -> Iterator[bytes]:
 
 
 def _write_part(
-    ahead: _Lookahead, component: str, store: Store, key: str, operation: Operation, limit_bytes: int, threads: int
+    ahead: _Lookahead,
+    component: str,
+    store: Store,
+    key: str,
+    operation: Operation,
+    limit_bytes: int,
+    threads: int,
+    on_read: Callable[[], None],
 ) -> Part:
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0
@@ -151,6 +161,8 @@ def _write_part(
             digest.update(frame)
             compressing.popleft()
             size_bytes += len(frame)
+            if not ahead.more and not compressing:
+                on_read()
             yield frame
 
     try:

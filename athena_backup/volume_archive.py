@@ -82,6 +82,7 @@ def write_volume(
             operation,
             part_limit_bytes=part_limit_bytes,
             threads=turn.slots,
+            on_read=turn.give_back,
         )
 
     # Behind every table: what the databases' snapshots hold back ends with the last of those.

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from athena_backup.crew import WAITING_LIMIT
 from athena_backup.settings import Settings
 from athena_backup.store import Store
 from athena_backup.store.clients import Keys, Way, google_access, open_azure, open_gcs, open_s3
@@ -63,7 +64,7 @@ def _opened(block: "StoreBlock", settings: Settings) -> Store:
 def way_of(settings: Settings) -> Way:
     """How bytes travel between this machine and any object store."""
     return Way(
-        streams=settings.athena_jobs,
+        streams=settings.athena_jobs + WAITING_LIMIT,
         allow_http=settings.athena_store_allow_http,
         read_back=settings.athena_read_back,
         ca_bundle=settings.athena_ca_bundle,

@@ -1,9 +1,11 @@
 """The steps of a database's way into a store and back, as several test files take them."""
 
+import os
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from sqlalchemy import text
+from sqlalchemy import URL, text
 
 from athena_backup.crew import Crew
 from athena_backup.manifest import Component
@@ -14,7 +16,7 @@ from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import binaries
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
-from athena_backup.postgres.sessions import Database, session
+from athena_backup.postgres.sessions import Database, libpq_environment, session
 from athena_backup.postgres.staging import (
     StagedDatabase,
     discard_staging,
@@ -41,15 +43,18 @@ def dump(database: Database, store: Store, *, jobs: int = 2, **sizes: int) -> Co
         )
 
 
-def stage(component: Component, target: Database, store: Store, *, jobs: int = 2) -> StagedDatabase:
+def stage(component: Component, target: Database, store: Store, *, jobs: int = 2, **sizes: int) -> StagedDatabase:
     assert preflight_database(component, target, RESTORE, [binaries()]) == []
     return stage_database(
-        component, target, store, RESTORE, Operation(), crew=Crew(jobs), client_directories=[binaries()]
+        *(component, target, store, RESTORE, Operation()),
+        crew=Crew(jobs),
+        client_directories=[binaries()],
+        **sizes,
     )
 
 
-def restore(component: Component, target: Database, store: Store, *, jobs: int = 2) -> None:
-    staged = stage(component, target, store, jobs=jobs)
+def restore(component: Component, target: Database, store: Store, *, jobs: int = 2, **sizes: int) -> None:
+    staged = stage(component, target, store, jobs=jobs, **sizes)
     switch_database(target, staged.oid, RESTORE, "app", Operation())
     discard_staging(target, RESTORE)
 
@@ -57,3 +62,11 @@ def restore(component: Component, target: Database, store: Store, *, jobs: int =
 def rows(database: Database, query: str) -> list[tuple[object, ...]]:
     with session(database.url) as connection:
         return [tuple(row) for row in connection.execute(text(query))]
+
+
+def stock_dump(url: URL, *options: str) -> list[str]:
+    """What pg_dump says of a database, without the lines that differ from run to run."""
+    environment = {"PATH": os.environ["PATH"], **libpq_environment(url)}
+    command = [str(binaries() / "pg_dump"), "--restrict-key=test", *options]
+    sql = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return [line for line in sql.splitlines() if not line.startswith("--")]

@@ -74,10 +74,10 @@ class ArchiveHead:
         self.sequences()
         return bytes(self._head)
 
-    def listing(self, section: str) -> bytes:
-        """`pg_restore`'s list of the entries of one section; raises like `sequences`."""
+    def listing(self, *options: str) -> bytes:
+        """`pg_restore`'s list of contents with some of its ``options``; raises like `sequences`."""
         with unnamed_file(self.content) as head:
-            listed = self._run([f"--section={section}", "--list", head])
+            listed = self._run([*options, "--list", head])
         if listed is None:
             raise FinalError("pg_restore can't list what it has just listed", step="reading")
         return listed

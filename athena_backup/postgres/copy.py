@@ -7,6 +7,7 @@ libpq hands out rows, so it is the one that reads; a load is the server's work, 
 import asyncio
 import contextlib
 import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -52,6 +53,7 @@ _LOCKED_LIMIT = 64
 # Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
 _ESCAPES_SINCE = 130_000
 _PIECE_BYTES = 256 << 10
+_STREAM_NAME = re.compile(r"tables/(\d+)\.")
 logger = logging.getLogger("athena_backup.postgres")
 
 # Types whose binary form is the same in every version since 10 and depends on no setting but client_encoding; of all others
@@ -195,6 +197,12 @@ class TableRange:
             format=self.table.format,
             rows=rows,
         )
+
+
+def table_oid(stream: Stream) -> int | None:
+    """The OID that the table of a stream had when it was read, as the stream's name has it; None if it has none."""
+    found = _STREAM_NAME.match(stream.name)
+    return int(found[1]) if found else None
 
 
 def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:

@@ -99,13 +99,14 @@ def write_database(
     bulk_oids = {table.oid for table in bulk}
     dump = _Dump(held, client, head, bulk)
 
-    def write(name: str, chunks: Callable[[Operation], Iterator[bytes]]) -> tuple[Part, ...]:
+    def write(name: str, chunks: Callable[[Operation], Iterator[bytes]], turn: Turn) -> tuple[Part, ...]:
         return write_stream(
             Source(database.name, chunks),
             store,
             lambda number: f"{folder}{name}.{number:04}",
             operation,
             part_limit_bytes=part_limit_bytes,
+            on_read=turn.give_back,
         )
 
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
@@ -116,13 +117,14 @@ def write_database(
 
     def write_range(of: TableRange, turn: Turn) -> Stream:
         reading = RangeReading(sessions, of, turn)
-        parts = write(of.stream_name, reading.chunks)
+        parts = write(of.stream_name, reading.chunks, turn)
         return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
 
     units: list[Unit[Any]] = [
         # However little it holds, it reads every catalog first.
         Unit(
-            small_bytes + _CATALOGS_BYTES, lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn)))
+            small_bytes + _CATALOGS_BYTES,
+            lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn), turn)),
         ),
         # First of all: what it looks at is locked for a moment only, and DDL that comes later may wait.
         Unit(small_bytes + 2 * _CATALOGS_BYTES, lambda _: read_facts(held, operation, uncounted=bulk_oids)),

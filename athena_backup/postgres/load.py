@@ -1,16 +1,15 @@
 """A database's streams into its staging database ("PostgreSQL", section 4).
 
 A dump that holds everything goes into one `pg_restore`. Where bulk tables stand in streams of their own: first the schema,
-then the dump's data and all of those at once, then indexes, constraints, triggers and, last of all, the rights: an owner may
-have taken his own right to write from himself.
+then the dump's data and all of those at once, and the indexes and keys of a big table as soon as its last row is in; then
+everything else: other indexes, foreign keys, triggers and, last of all, the rights: an owner may have taken his own right to
+write from himself.
 """
 
 import contextlib
 import os
-import re
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,14 @@ from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
 from athena_backup.postgres.clients import client_version
-from athena_backup.postgres.copy import load_range
+from athena_backup.postgres.contents import TableEntries, are_rights, entries_of_tables, lines_of
+from athena_backup.postgres.copy import load_range, table_oid
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
     connection_string,
     libpq_environment,
+    quoted,
     run_sql,
     session,
 )
@@ -41,16 +42,16 @@ from athena_backup.store import Store
 _TRANSACTION_TIMEOUT_SINCE = 170_000
 _SECTIONS = ("pre-data", "data", "post-data")
 _ANALYZED = text(
-    "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name,"
+    "SELECT n.nspname AS schema_name, c.relname AS name,"
     " coalesce(pg_catalog.pg_table_size(c.oid), 0)::bigint AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind IN ('r', 'm', 'p') AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_toast'"
-    " AND c.relpersistence <> 't' ORDER BY 2 DESC, c.oid"
+    " AND c.relpersistence <> 't' ORDER BY size_bytes DESC, c.oid"
 )
 _BATCH_BYTES = 64 << 20
 _BATCH_LIMIT = 500
-# Number, catalog and OID of the entry, then its kind.
-_RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
+SOON_BYTES = 64 << 20
+"""Of smaller tables the indexes are made by one parallel pg_restore at the end, without a process for each."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +65,22 @@ class Loading:
     """The destination's version, such as 180006."""
     store: Store
     operation: Operation
+    soon_bytes: int = SOON_BYTES
+    """From how many raw bytes on a table's indexes are made while other tables load."""
 
     def run(self, crew: Crew) -> None:
-        """Load everything; raises the first thing that fails: the staging database is of no use then."""
-        dump, *tables = self.component.streams
-        if not tables:
-            crew.run([Unit(self.component.raw_size_bytes, lambda turn: self._restore(feed=dump, turn=turn))])
-            return
-        number = Counter((one.table.schema_name, one.table.name) for one in tables if one.table is not None)
-        head = self._head(dump)
-        with unnamed_file(head.content) as archive:
-            before, data, after = (self._entries(head, section) for section in _SECTIONS)
-            rights = [entry for entry in [*before, *data] if _RIGHTS.match(entry)]
-            crew.run([Unit(0, lambda _: self._restore(archive, entries=_but_rights(before)))])
-            crew.run(
-                [
-                    Unit(_size(dump), lambda turn: self._restore(entries=_but_rights(data), feed=dump, turn=turn)),
-                    *(Unit(_size(one), partial(self._load, one, number)) for one in tables),
-                ]
-            )
-            crew.run(
-                [
-                    Unit(
-                        self.component.raw_size_bytes,
-                        lambda turn: self._restore(archive, entries=[*after, *rights], jobs=turn.slots),
-                        is_elastic=True,
-                    )
-                ]
-            )
+        """Load everything and analyze it; raises the first thing that fails: the staging database is of no use then."""
+        dump, *streams = self.component.streams
+        analyzed: frozenset[str] = frozenset()
+        if streams:
+            head = self._head(dump)
+            with unnamed_file(head.content) as archive:
+                plan = _Plan(self, archive, head, dump, streams)
+                crew.run(plan.units)
+                analyzed = frozenset(plan.analyzed)
+        else:
+            crew.run([Unit(self.component.raw_size_bytes, lambda turn: self.restore(feed=dump, turn=turn))])
+        self._analyze_rest(crew, analyzed)
 
     def _head(self, dump: Stream) -> ArchiveHead:
         head = ArchiveHead(self.client, "latin-1", self.operation)
@@ -102,14 +91,11 @@ class Loading:
                     break
         return head
 
-    def _entries(self, head: ArchiveHead, section: str) -> list[bytes]:
-        return [line for line in head.listing(section).splitlines() if line[:1].isdigit()]
-
-    def _load(self, stream: Stream, number: "Counter[tuple[str, str]]", turn: Turn) -> None:
-        is_alone = stream.table is not None and number[stream.table.schema_name, stream.table.name] == 1
+    def load(self, stream: Stream, turn: Turn, *, is_alone: bool) -> None:
+        """Load one stream of a table's rows; see `load_range`."""
         load_range(self.component.name, stream, self.staging, self.store, self.operation, turn, is_alone=is_alone)
 
-    def _restore(
+    def restore(
         self,
         archive: str | None = None,
         *,
@@ -154,24 +140,83 @@ class Loading:
         if feeding is not None and not feeding.finished:
             raise FinalError("pg_restore ended before it had read the whole dump")
 
+    def _analyze_rest(self, crew: Crew, analyzed: Collection[str]) -> None:
+        """ANALYZE whatever a bare ANALYZE would and that is not ``analyzed``, several tables at once, the biggest first."""
+        with session(self.staging.url) as connection:
+            tables = [
+                (name, row.size_bytes)
+                for row in connection.execute(_ANALYZED)
+                if (name := f"{quoted(row.schema_name)}.{quoted(row.name)}") not in analyzed
+            ]
+        batches: list[tuple[list[str], int]] = []
+        for name, size_bytes in tables:
+            if not batches or batches[-1][1] + size_bytes > _BATCH_BYTES or len(batches[-1][0]) >= _BATCH_LIMIT:
+                batches.append(([], 0))
+            names, batch_bytes = batches[-1]
+            batches[-1] = ([*names, name], batch_bytes + size_bytes)
+        crew.run([Unit(size_bytes, partial(self.analyze, names)) for names, size_bytes in batches])
 
-def analyze(staging: Database, operation: Operation, crew: Crew) -> None:
-    """ANALYZE everything that a bare ANALYZE would, several tables at once, the biggest first."""
-    with session(staging.url) as connection:
-        tables = [(row.name, row.size_bytes) for row in connection.execute(_ANALYZED)]
-    batches: list[tuple[list[str], int]] = []
-    for name, size_bytes in tables:
-        if not batches or batches[-1][1] + size_bytes > _BATCH_BYTES or len(batches[-1][0]) >= _BATCH_LIMIT:
-            batches.append(([], 0))
-        names, batch_bytes = batches[-1]
-        batches[-1] = ([*names, name], batch_bytes + size_bytes)
-
-    def work(names: Sequence[str], turn: Turn) -> None:
+    def analyze(self, tables: Sequence[str], turn: Turn) -> None:
+        """ANALYZE some tables, one after the other, by their quoted names."""
         turn.check()
-        with session(staging.url) as connection, cancelled_with(connection, operation):
-            run_sql(connection, f"ANALYZE {', '.join(names)}")
+        with session(self.staging.url) as connection, cancelled_with(connection, self.operation):
+            run_sql(connection, f"ANALYZE {', '.join(tables)}")
 
-    crew.run([Unit(size_bytes, partial(work, names)) for names, size_bytes in batches])
+
+class _Plan:
+    """The units of a load with bulk tables, each after what it needs."""
+
+    def __init__(
+        self, loading: Loading, archive: str, head: ArchiveHead, dump: Stream, streams: Sequence[Stream]
+    ) -> None:
+        self.units: list[Unit[None]] = []
+        self.analyzed: list[str] = []
+        """The tables that are analyzed by one of the units."""
+        self._loading = loading
+        self._archive = archive
+        before, data, after = (lines_of(head.listing(f"--section={section}")) for section in _SECTIONS)
+        rights = [line for line in [*before, *data] if are_rights(line)]
+        tables: dict[tuple[str, str], list[Stream]] = {}
+        for stream in streams:
+            if stream.table is not None:
+                tables.setdefault((stream.table.schema_name, stream.table.name), []).append(stream)
+        oids = {name: oid for name, some in tables.items() if (oid := table_oid(some[0])) is not None}
+        soon = entries_of_tables(head.listing("--verbose"), after, frozenset(oids.values()))
+        begun = [self._add(0, self._make(_but_rights(before)))]
+        loaded = [
+            self._add(_size(dump), lambda turn: loading.restore(entries=_but_rights(data), feed=dump, turn=turn), begun)
+        ]
+        made: set[bytes] = set()
+        for name, some in tables.items():
+            # By what the table holds in all: the sooner its last range is in, the sooner its indexes can be made.
+            size_bytes = sum(map(_size, some))
+            own = [self._add(size_bytes, partial(loading.load, one, is_alone=len(some) == 1), begun) for one in some]
+            entries = soon.get(oids.get(name, -1))
+            if entries and size_bytes >= loading.soon_bytes:
+                own = self._add_entries(entries, name, size_bytes, own)
+                made |= entries.lines
+            loaded += own
+        rest = [line for line in after if line not in made]
+        self._add(loading.component.raw_size_bytes, self._make([*rest, *rights]), loaded, is_elastic=True)
+
+    def _add_entries(self, entries: TableEntries, name: tuple[str, str], size_bytes: int, own: list[int]) -> list[int]:
+        """What is made of a table while others load; returns the last one's position."""
+        shared = [self._add(size_bytes, self._make([line]), own) for line in entries.shared]
+        last = [*own, *shared]
+        for line in entries.exclusive:
+            last = [self._add(size_bytes, self._make([line]), last)]
+        table = f"{quoted(name[0])}.{quoted(name[1])}"
+        self.analyzed.append(table)
+        return [self._add(size_bytes, lambda turn: self._loading.analyze([table], turn), last)]
+
+    def _add(
+        self, size_bytes: int, work: Callable[[Turn], None], after: Sequence[int] = (), *, is_elastic: bool = False
+    ) -> int:
+        self.units.append(Unit(size_bytes, work, is_elastic=is_elastic, after=tuple(after)))
+        return len(self.units) - 1
+
+    def _make(self, lines: Sequence[bytes]) -> Callable[[Turn], None]:
+        return lambda turn: self._loading.restore(self._archive, entries=lines, jobs=turn.slots)
 
 
 def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
@@ -189,7 +234,7 @@ def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
 
 
 def _but_rights(entries: Sequence[bytes]) -> list[bytes]:
-    return [entry for entry in entries if not _RIGHTS.match(entry)]
+    return [entry for entry in entries if not are_rights(entry)]
 
 
 def _size(stream: Stream) -> int:

@@ -20,7 +20,7 @@ from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.copy import rows_of
-from athena_backup.postgres.load import Loading, analyze
+from athena_backup.postgres.load import SOON_BYTES, Loading
 from athena_backup.postgres.rename import (
     database_oid,
     drop_database,
@@ -142,10 +142,12 @@ def stage_database(
     *,
     crew: Crew | None = None,
     client_directories: Sequence[Path] = (),
+    soon_bytes: int = SOON_BYTES,
 ) -> StagedDatabase:
     """Load the component into its staging database, dress it, and prove it whole; the live one serves on.
 
-    ``crew`` does the loading; without one, one thing is done after the other.
+    ``crew`` does the loading; without one, one thing is done after the other. The indexes of tables of ``soon_bytes`` raw bytes
+    and more are made while others load.
     Raises `DamagedError` for stored bytes that are not the written ones, `FinalError` for whatever `pg_restore` or the
     comparison finds; the caller discards the staging then.
     """
@@ -162,8 +164,7 @@ def stage_database(
     client = restoring_client(facts, server, client_directories)
     staging_url = target.url.set(database=name)
     staging, crew = Database(component.name, staging_url), crew or Crew(1)
-    Loading(component, staging, client, server, store, operation).run(crew)
-    analyze(staging, operation, crew)
+    Loading(component, staging, client, server, store, operation, soon_bytes).run(crew)
     with session(staging_url) as inside, cancelled_with(inside, operation):
         _prove(inside, facts, component)
         dress(inside, name, facts)

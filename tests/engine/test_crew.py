@@ -153,3 +153,62 @@ def test_a_waiting_thread_that_is_told_to_stop_leaves_nobody_at_work() -> None:
     thread.join(20)
     assert not thread.is_alive()
     assert ended == [["stopped"]]
+
+
+def test_a_unit_begins_when_what_it_needs_is_done_and_what_nobody_needs_goes_on_beside() -> None:
+    crew, gauge = Crew(3), Gauge()
+    units = [
+        Unit(1, gauge.work("first")),
+        Unit(9, gauge.work("behind first"), after=(0,)),
+        Unit(5, gauge.work("beside")),
+        Unit(99, gauge.work("last"), after=(1, 2)),
+    ]
+    results: list[object] = []
+    thread = in_thread(lambda: results.extend(crew.run(units)))
+    gauge.await_begun(2)
+    assert sorted(map(str, gauge.order)) == ["beside", "first"]
+    gauge.opened.set()
+    thread.join(20)
+    assert results == ["first", "behind first", "beside", "last"]
+    assert gauge.order.index("behind first") > gauge.order.index("first")
+    assert gauge.order[-1] == "last"
+
+
+def test_what_waits_for_a_unit_that_fails_is_not_begun() -> None:
+    def fail(turn: Turn) -> None:
+        raise FinalError("the first one")
+
+    begun: list[str] = []
+    units = [Unit(1, fail)]
+    units += [Unit(1, lambda turn: begun.append("never"), after=(number,)) for number in range(3)]
+    with pytest.raises(FinalError, match="the first one"):
+        Crew(2).run(units)
+    assert begun == []
+
+
+def test_a_unit_can_wait_only_for_one_before_it() -> None:
+    with pytest.raises(ValueError, match="unit 0 waits for"):
+        Crew(1).run([Unit(1, lambda turn: None, after=(0,))])
+
+
+def test_a_unit_that_only_waits_for_a_store_lets_the_next_one_begin_but_only_one_at_a_time() -> None:
+    crew, gauge = Crew(1), Gauge()
+
+    def wait_for_store(name: str) -> Callable[[Turn], object]:
+        def work(turn: Turn) -> object:
+            turn.give_back()
+            turn.give_back()  # says nothing new
+            return gauge.work(name)(turn)
+
+        return work
+
+    results: list[object] = []
+    units = [Unit(3 - number, wait_for_store(f"{number}")) for number in range(3)]
+    thread = in_thread(lambda: results.extend(crew.run(units)))
+    gauge.await_begun(2)
+    # The second can't give its slot back while the first one waits, and so the third has none.
+    assert gauge.order == ["0", "1"]
+    gauge.opened.set()
+    thread.join(20)
+    assert results == ["0", "1", "2"]
+    assert crew.run([Unit(1, lambda turn: turn.slots, is_elastic=True)]) == [1]

@@ -1,7 +1,7 @@
 """A stream comes back exactly as it went in, or an error says that it doesn't."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.manifest import Part
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PIECE_LIMIT_BYTES, Source, read_part, read_stream, write_stream
+from athena_backup.store import Entry
 from athena_backup.store.local import LocalStore
 
 
@@ -148,3 +149,33 @@ class TestDamage:
     def test_no_part_at_all(self, local_store: LocalStore) -> None:
         with pytest.raises(FinalError, match="no part"):
             read(local_store, ())
+
+
+class SlowStore(LocalStore):
+    """A store that takes a while after it has got its last byte."""
+
+    def __init__(self, place: str, told: list[str]) -> None:
+        super().__init__(place)
+        self._told = told
+
+    def write(self, key: str, chunks: Iterable[bytes]) -> Entry:
+        def counted() -> Iterator[bytes]:
+            for chunk in chunks:
+                self._told.append("bytes")
+                yield chunk
+
+        entry = super().write(key, counted())
+        self._told.append("written")
+        return entry
+
+
+def test_it_is_told_when_the_source_is_read_and_only_the_store_is_waited_for(local_store: LocalStore) -> None:
+    told: list[str] = []
+    store = SlowStore(local_store.location.place, told)
+    pieces = source(*[noise(1 << 20)] * 3)
+    write_stream(
+        *(pieces, store, lambda number: f"set/dump.{number:04}", Operation()),
+        part_limit_bytes=1 << 20,
+        on_read=lambda: told.append("read"),
+    )
+    assert told == ["bytes", "written", "bytes", "written", "read", "bytes", "written"]

@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage
+from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage, stock_dump
 from sqlalchemy import text
 
 from athena_backup.crew import Crew, Turn
@@ -20,6 +21,7 @@ from athena_backup.postgres.copy import BulkTable, CopySessions, TableRange, bul
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
+from athena_backup.postgres.rename import side_name
 from athena_backup.postgres.sessions import Database, parse_database_url, run_sql, session
 from athena_backup.postgres.staging import discard_staging
 from athena_backup.store.local import LocalStore
@@ -101,6 +103,90 @@ def test_every_kind_of_table_comes_back_equal(make_database: Make, local_store: 
         run_sql(connection, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     restore(component, database, local_store, jobs=jobs)
     assert content(database) == before
+
+
+INDEXED = """
+CREATE SCHEMA "ATTACH"; CREATE TABLE "ATTACH"."a b" (i int, x text, during int4range, at timestamptz);
+INSERT INTO "ATTACH"."a b" SELECT i, md5(i::text), int4range(i, i + 1), now() FROM generate_series(1, 3000) i;
+CREATE INDEX "x ATTACH
+y" ON "ATTACH"."a b" (x); COMMENT ON INDEX "ATTACH"."x ATTACH
+y" IS 'odd'; CREATE INDEX "by expression" ON "ATTACH"."a b" (lower(x)) WHERE i > 5;
+ALTER TABLE "ATTACH"."a b" ADD CONSTRAINT "the key" PRIMARY KEY (i), ADD UNIQUE (x, i), ADD EXCLUDE USING gist (during WITH &&),
+  ADD CHECK (i > 0) NOT VALID, CLUSTER ON "the key";
+CREATE STATISTICS "ATTACH".related ON i, x FROM "ATTACH"."a b";
+CREATE UNIQUE INDEX identity ON "ATTACH"."a b" (i); ALTER TABLE "ATTACH"."a b" REPLICA IDENTITY USING INDEX "identity";
+CREATE TABLE refers (i int REFERENCES "ATTACH"."a b"); INSERT INTO refers SELECT i FROM generate_series(1, 3000) i;
+CREATE TABLE parted (i int, x text, PRIMARY KEY (i)) PARTITION BY HASH (i); CREATE INDEX ON parted (x);
+CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+CREATE TABLE parted_1 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+INSERT INTO parted SELECT i, md5(i::text) FROM generate_series(1, 5000) i;
+CREATE INDEX own ON parted_0 (length(x)); CREATE TABLE later (i int REFERENCES parted);
+CREATE MATERIALIZED VIEW seen AS SELECT i, x FROM parted; CREATE UNIQUE INDEX ON seen (i);
+CREATE FUNCTION twice(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT $1 * 2';
+CREATE TABLE called AS SELECT i FROM generate_series(1, 2000) i; CREATE INDEX ON called (twice(i));
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_indexes_and_constraints_come_back_equal_and_analyzed_though_made_while_others_load(
+    make_database: Make, local_store: LocalStore, jobs: int
+) -> None:
+    database = make_database("indexed", INDEXED)
+    before = stock_dump(database.url, "--schema-only")
+    component = dump(database, local_store, jobs=jobs, **ALL_BY_COPY)
+    restore(component, database, local_store, jobs=jobs, soon_bytes=0)
+    assert stock_dump(database.url, "--schema-only") == before
+    unknown = rows(
+        database,
+        "SELECT c.oid::regclass::text FROM pg_class c WHERE relkind IN ('r', 'm', 'p') AND reltuples < 0"
+        " AND relnamespace::regnamespace::text !~ '^pg_|information_schema'",
+    )
+    assert unknown == []
+    [[expressions]] = rows(database, "SELECT count(*) FROM pg_stats WHERE tablename = 'by expression'")
+    assert expressions == 1
+    assert rows(
+        database, "SELECT count(*) FROM pg_stats_ext WHERE statistics_name = 'related' AND n_distinct IS NOT NULL"
+    ) == [(1,)]
+
+
+class LateStore(LocalStore):
+    """A store that hands out nothing of one stream before something has happened."""
+
+    def __init__(self, place: str, marker: str, happened: Callable[[], bool]) -> None:
+        super().__init__(place)
+        self._marker = marker
+        self._happened = happened
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        if self._marker in key:
+            deadline = time.monotonic() + 20
+            while not self._happened():
+                assert time.monotonic() < deadline
+        return super().read(key, start, end)
+
+
+def test_the_indexes_of_a_table_are_made_while_another_table_loads(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database(
+        "beside",
+        "CREATE TABLE t AS SELECT i, md5(i::text) x FROM generate_series(1, 5000) i; CREATE INDEX t_x ON t (x);"
+        "ALTER TABLE t ADD PRIMARY KEY (i); CREATE TABLE u AS SELECT i FROM generate_series(1, 100) i",
+    )
+    component = dump(database, local_store, **ALL_BY_COPY)
+    [late] = [stream for stream in component.streams if stream.table and stream.table.name == "u"]
+    staged = database.url.set(database=side_name("beside", "r", RESTORE))
+    seen: list[list[object]] = []
+
+    def made() -> bool:
+        with session(staged) as connection:
+            names = run_sql(connection, "SELECT indexname FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1")
+            analyzed = run_sql(connection, "SELECT count(*) FROM pg_stats WHERE tablename = 't'").scalar_one()
+            seen.append([*names.scalars(), analyzed])
+        return seen[-1] == ["t_pkey", "t_x", 2]
+
+    restore(component, database, LateStore(local_store.location.place, late.parts[0].key, made), soon_bytes=0)
+    assert content(database)["u"]
 
 
 def test_every_kind_of_value_comes_back_equal_and_only_sure_types_as_binary(

@@ -1,13 +1,10 @@
 """A database comes back exactly: loaded beside the live one, proven, and given all that no dump of one database holds."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import psycopg
 import pytest
-from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage
-from sqlalchemy import URL
+from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage, stock_dump
 
 from athena_backup.errors import DamagedError, FinalError
 from athena_backup.manifest import SequenceState, Setting
@@ -17,7 +14,7 @@ from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_s
 from athena_backup.postgres.load import failed_only_to_set_transaction_timeout
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import database_oid
-from athena_backup.postgres.sessions import Database, libpq_environment, run_sql, session
+from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.postgres.staging import (
     discard_staging,
     dress,
@@ -27,13 +24,6 @@ from athena_backup.postgres.staging import (
 from athena_backup.process import Ended
 from athena_backup.store.local import LocalStore
 from deployments.demo_databases import build_databases, fingerprint_databases
-
-
-def stock_dump(url: URL, *options: str) -> list[str]:
-    environment = {"PATH": os.environ["PATH"], **libpq_environment(url)}
-    command = [str(binaries() / "pg_dump"), "--restrict-key=test", *options]
-    sql = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return [line for line in sql.splitlines() if not line.startswith("--")]
 
 
 @pytest.mark.parametrize("sizes", [{}, ALL_BY_COPY], ids=["as it comes", "all by COPY"])
