@@ -103,7 +103,7 @@ class Crew:
                     self._changed.wait()
             except BaseException as error:
                 # Whoever waits is told to stop (Prefect throws into its threads): so are they, and then waited for.
-                batch.error = batch.error or error
+                self._fail(batch, error)
                 self._changed.wait_for(lambda: not batch.left, _GRACE_SECONDS)
                 raise
         if batch.error is not None:
@@ -115,6 +115,16 @@ class Crew:
         for one in [one for one in batch.behind if not one.before]:
             batch.behind.remove(one)
             heapq.heappush(self._waiting, one)
+
+    def _fail(self, batch: _Batch, error: BaseException) -> None:
+        """Note the error, and drop what the batch has not begun: nobody waits until its turn has come; the lock is held."""
+        batch.error = batch.error or error
+        dropped = [one for one in self._waiting if one.batch is batch] + batch.behind
+        batch.behind.clear()
+        self._waiting = [one for one in self._waiting if one.batch is not batch]
+        heapq.heapify(self._waiting)
+        batch.left -= len(dropped)
+        self._changed.notify_all()
 
     def _end(self, one: _Waiting) -> None:
         """Count one that has ended or is not wanted any more; the lock is held."""
@@ -128,12 +138,14 @@ class Crew:
         """Start whatever there is a slot for; the lock is held."""
         while self._free and self._waiting:
             one = heapq.heappop(self._waiting)
-            if one.batch.error is not None:
-                self._end(one)
-                continue
             slots = self._free if one.unit.is_elastic and not self._waiting else 1
             self._free -= slots
-            threading.Thread(target=self._do, args=(one, slots), name="crew", daemon=True).start()
+            try:
+                threading.Thread(target=self._do, args=(one, slots), name="crew", daemon=True).start()
+            except RuntimeError as error:  # the system has no room for another thread
+                self._free += slots
+                self._fail(one.batch, error)
+                self._end(one)
 
     def _do(self, one: _Waiting, slots: int) -> None:
         has_slots = True
@@ -150,7 +162,8 @@ class Crew:
         try:
             one.batch.results[one.index] = one.context.run(one.unit.work, Turn(slots, one.batch.check, give_back))
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the result
-            one.batch.error = one.batch.error or error
+            with self._changed:
+                self._fail(one.batch, error)
         finally:
             with self._changed:
                 if has_slots:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Stream, component_folder
 from athena_backup.postgres.copy import copy_statement
-from athena_backup.postgres.sessions import client_encoding, connection_string
+from athena_backup.postgres.sessions import FORMAT_SETTINGS, client_encoding, connection_string
 
 _TIMEOUT_MAJOR = 17
 """The version of PostgreSQL that brought transaction_timeout, which every dump written by it sets."""
@@ -81,7 +81,11 @@ def _database(manifest: Manifest, component: Component) -> str:
             pg_restore = f"pg_restore --file=-{sections} | sed '1,50{{/^SET transaction_timeout = 0;$/d;}}' | {psql}"
         return f"cat {shlex.quote(folder + dump.name)}.* | zstd -dc | {pg_restore}"
 
-    lines = [f"createdb --template=template0 {_create_options(facts)} -- {shlex.quote(facts.database)}"]
+    # Values were written so, whatever the server's own settings are.
+    lines = [
+        f"export PGOPTIONS={shlex.quote(' '.join(f'-c {name}={value}' for name, value in FORMAT_SETTINGS.items()))}"
+    ]
+    lines += [f"createdb --template=template0 {_create_options(facts)} -- {shlex.quote(facts.database)}"]
     copy = f'zstd -dc | PGCLIENTENCODING={client_encoding(facts.encoding)} {psql} --command="$1"'
     if tables:
         lines += [

@@ -48,7 +48,7 @@ class ArchiveHead:
         if len(self._head) >= self._next_look:
             self._look()
             self._next_look *= 4
-            if self._found is None and self._next_look > _LIMIT_BYTES * 4:
+            if self._found is None and len(self._head) >= _LIMIT_BYTES:
                 raise FinalError(
                     f"the dump's table of contents is larger than {_LIMIT_BYTES >> 20} MiB", step="dumping"
                 )

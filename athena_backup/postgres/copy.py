@@ -7,7 +7,9 @@ libpq hands out rows, so it is the one that reads; a load is the server's work, 
 import asyncio
 import contextlib
 import logging
+import os
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -20,14 +22,16 @@ import asyncpg
 from sqlalchemy import URL, text
 
 from athena_backup.crew import Turn
-from athena_backup.errors import AthenaError, DamagedError, FinalError, UnavailableError
+from athena_backup.errors import AthenaError, DamagedError, FinalError, FullError, PassingError, UnavailableError
 from athena_backup.manifest import Stream, TableData
 from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import FRAME_BYTES, read_stream
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
+from athena_backup.postgres.order import order_dependent_tables, rerouted_partitions
 from athena_backup.postgres.sessions import (
     APPLICATION_NAME,
     CONNECT_SECONDS,
+    COUNTING_SETTINGS,
     READING_SETTINGS,
     Database,
     cancelled_with,
@@ -41,7 +45,11 @@ from athena_backup.postgres.sessions import (
 from athena_backup.store import Store
 
 BULK_BYTES = 16 << 20
-"""Tables from this size on are taken out of the dump."""
+"""Tables from this size on are taken out of the dump, which one process reads and one loads."""
+DUMP_BYTES = 256 << 20
+"""Where the dump would have to hold more than this, smaller tables are taken out of it too, the biggest first."""
+_SMALLEST_BYTES = 1 << 20
+"""A COPY of its own for less costs more than it saves."""
 RANGE_BYTES = 128 << 20
 """About how much of a table one COPY reads: the last one of a backup keeps a core busy alone for some two seconds."""
 _TABLES_LIMIT = 1_000
@@ -50,7 +58,8 @@ _RANGES_LIMIT = 1_000
 _CTID_SCAN_SINCE = 140_000
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
-# Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known.
+# Escapes in identifiers, in any encoding of the server (release notes of 13); of SQL_ASCII no character is known, and the names
+# of EUC_TW are not read in that encoding.
 _ESCAPES_SINCE = 130_000
 _PIECE_BYTES = 256 << 10
 _STREAM_NAME = re.compile(r"tables/(\d+)\.")
@@ -86,7 +95,8 @@ _TABLES = text(
     " AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped AND a.attgenerated OPERATOR(pg_catalog.=) ''"
     " ORDER BY a.attnum) AS columns,"
     " NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) a.atttypid"
-    " LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND t.typlen OPERATOR(pg_catalog.=) -1"
+    # Only true arrays: an int2vector has elements too, and is refused in binary when it is empty (tried).
+    " LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND e.typarray OPERATOR(pg_catalog.=) t.oid"
     " WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid"
     " AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped AND a.attgenerated OPERATOR(pg_catalog.=) ''"
     " AND NOT (coalesce(e.typnamespace, t.typnamespace) OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace"
@@ -94,11 +104,14 @@ _TABLES = text(
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " LEFT JOIN pg_catalog.pg_am m ON m.oid OPERATOR(pg_catalog.=) c.relam"
     " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.oid OPERATOR(pg_catalog.=) ANY (CAST(:oids AS oid[]))"
-    " AND pg_catalog.pg_table_size(c.oid) OPERATOR(pg_catalog.>=) CAST(:bulk AS bigint)"
+    " AND (pg_catalog.pg_table_size(c.oid) OPERATOR(pg_catalog.>=) CAST(:bulk AS bigint)"
+    " OR c.oid OPERATOR(pg_catalog.=) ANY (CAST(:dependent AS oid[])))"
+    # A standby has nothing of these (manual, 27.4.2).
+    " AND NOT (c.relpersistence OPERATOR(pg_catalog.=) 'u' AND pg_catalog.pg_is_in_recovery())"
     " AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
     " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
     " AND d.deptype OPERATOR(pg_catalog.=) 'e')"
-    " ORDER BY size_bytes DESC, c.oid LIMIT :limit"
+    " ORDER BY c.oid OPERATOR(pg_catalog.=) ANY (CAST(:dependent AS oid[])) DESC, size_bytes DESC, c.oid LIMIT :limit"
 )
 # Of libpq's parameters, those that asyncpg knows by the same name (asyncpg manual, "Connection").
 _SHARED_PARAMETERS = frozenset(
@@ -115,6 +128,12 @@ _SHARED_PARAMETERS = frozenset(
         "ssl_max_protocol_version",
         "target_session_attrs",
     }
+)
+
+
+# What libpq takes from the environment and asyncpg does not (libpq, 34.15).
+_UNKNOWN_VARIABLES = frozenset(
+    {"PGCHANNELBINDING", "PGREQUIREAUTH", "PGREQUIREPEER", "PGSSLCERTMODE", "PGSSLCRLDIR", "PGSSLNEGOTIATION"}
 )
 
 
@@ -205,23 +224,27 @@ def table_oid(stream: Stream) -> int | None:
     return int(found[1]) if found else None
 
 
-def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
-    """The tables of a held database that are worth a COPY of their own, the biggest first.
+def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
+    """The tables of a held database, which holds ``all_bytes``, that are worth a COPY of their own, the biggest first.
 
-    None where the driver of the copies can't reach the database as libpq does (an exotic login): pg_dump reads it then, alone
-    and slower, and the log says so. Raises SQLAlchemy's errors.
+    Behind them, in the order of their names, stand those that have to be loaded last, however small they are. None where the
+    driver of the copies can't reach the database as libpq does (an exotic login): pg_dump reads it then, alone and slower, and
+    the log says so. Raises SQLAlchemy's errors, and `UnavailableError` and its like where a login fails for now.
     """
     if reason := _unreachable(held.database.url):
         logger.warning("%s is read by pg_dump alone, not by parallel COPY: %s", held.database.name, reason)
         return []
-    parameters = {
-        "oids": [oid for oid, _, _ in held.locked],
-        "bulk": bulk_bytes,
-        "limit": _TABLES_LIMIT,
-        "binary": list(_BINARY_TYPES),
-    }
     # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
     with held.locks_lock:
+        rerouted = rerouted_partitions(held.locks)
+        dependent = list(order_dependent_tables(held.locks))
+        parameters = {
+            "oids": [oid for oid, _, _ in held.locked if oid not in rerouted],
+            "bulk": min(bulk_bytes, _SMALLEST_BYTES),
+            "dependent": dependent,
+            "limit": _TABLES_LIMIT,
+            "binary": list(_BINARY_TYPES),
+        }
         rows = held.locks.execute(_TABLES, parameters).all()
     found = [
         BulkTable(
@@ -238,14 +261,33 @@ def bulk_tables(held: Held, *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
         if row.columns
     ]
     encoding = driver_of(held.reader).info.parameter_status("server_encoding")
-    can_be_named = held.identity.version >= _ESCAPES_SINCE and encoding != "SQL_ASCII"
-    return [table for table in found if can_be_named or table.is_ascii]
+    can_be_named = held.identity.version >= _ESCAPES_SINCE and encoding not in ("SQL_ASCII", "EUC_TW")
+    named = {table.oid: table for table in found if can_be_named or table.is_ascii}
+    last = [named.pop(oid) for oid in dependent if oid in named]
+    worth = worth_copying(list(named.values()), all_bytes, bulk_bytes)
+    # Where pg_dump writes all others, it knows best in which order.
+    return [*worth, *last] if worth else []
+
+
+def worth_copying(tables: Sequence[BulkTable], all_bytes: int, bulk_bytes: int) -> list[BulkTable]:
+    """Those that don't belong into the dump: of ``bulk_bytes`` or more, and as many as leave it no more than it should hold."""
+    worth: list[BulkTable] = []
+    for table in sorted(tables, key=lambda one: -one.size_bytes):
+        if table.size_bytes < bulk_bytes and all_bytes <= DUMP_BYTES:
+            break
+        worth.append(table)
+        all_bytes -= table.size_bytes
+    return worth
 
 
 def _unreachable(url: URL) -> str:
     """Why asyncpg can't log in where libpq could; empty if it can."""
     if unknown := sorted(url.query.keys() - _SHARED_PARAMETERS):
         return f"its driver does not know {', '.join(unknown)}"
+    if unknown := sorted(name for name in os.environ if name in _UNKNOWN_VARIABLES):
+        return f"its driver does not know {', '.join(unknown)}"
+    if "system" in (url.query.get("sslrootcert"), os.environ.get("PGSSLROOTCERT")):
+        return "its driver does not know sslrootcert=system, and would not verify the server"
 
     async def try_it() -> None:
         connection = await _connect(url)
@@ -255,8 +297,13 @@ def _unreachable(url: URL) -> str:
         # In a thread of its own: whoever calls may stand in an event loop.
         with ThreadPoolExecutor(1, "copy") as pool:
             pool.submit(lambda: asyncio.run(try_it())).result()
+    except asyncpg.PostgresError as error:
+        problem = translated_state(error.sqlstate or "", str(error))
+        if isinstance(problem, PassingError | UnavailableError | FullError):
+            raise problem from error  # not of the login's kind: the next try may get in
+        return f"its driver can't log in: {error}"
     # RuntimeError: of a login by GSSAPI without its library; ValueError: of parameters.
-    except (OSError, TimeoutError, RuntimeError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (OSError, TimeoutError, RuntimeError, ValueError, asyncpg.InterfaceError) as error:
         return f"its driver can't log in: {error or type(error).__name__}"
     return ""
 
@@ -264,7 +311,7 @@ def _unreachable(url: URL) -> str:
 async def _connect(url: URL) -> Any:
     ours = {name: url.query[name] for name in url.query if name not in ("host", "port")}
     host, port = url.host or url.query.get("host"), url.port or url.query.get("port")
-    return await asyncpg.connect(
+    connection = await asyncpg.connect(
         f"postgresql://?{urlencode(ours)}",
         host=list(host) if isinstance(host, tuple) else host,
         port=[int(one) for one in port] if isinstance(port, tuple) else port and int(port),
@@ -275,6 +322,23 @@ async def _connect(url: URL) -> Any:
         statement_cache_size=0,
         server_settings={"application_name": APPLICATION_NAME},
     )
+    _keep_alive(connection._transport.get_extra_info("socket"))  # noqa: SLF001 - it has no other way
+    return connection
+
+
+def _keep_alive(sock: Any) -> None:
+    """As in all other sessions (`sessions.session`): a connection that is cut without a word is noticed."""
+    if sock is None or sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", 30),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 60_000),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class CopySessions:
@@ -328,6 +392,8 @@ class _CopySession:
         self._held = held
         self._split = split
         self._runner = asyncio.Runner()
+        # A connection that breaks tells so in the call that needs it; what the loop has to add is no more than that.
+        self._runner.get_loop().set_exception_handler(lambda _, context: logger.debug("%s", context.get("message")))
         self._connection: Any = None
         self._locked: set[int] = set()
         self._check: Callable[[], None] = held.check
@@ -373,9 +439,7 @@ class _CopySession:
                 while True:
                     self._check()
                     is_ended = self._runner.run(gathered.filled(copying))
-                    block = gathered.take()
-                    if block:
-                        yield block
+                    yield from _sliced(gathered.take())
                     if is_ended:
                         break
                 ended(int(copying.result().removeprefix("COPY ")))
@@ -436,6 +500,7 @@ class _CopySession:
             "client_encoding": client_encoding(encoding),
             "jit": "off",
             "max_parallel_workers_per_gather": "0",
+            **COUNTING_SETTINGS,
         }
         known = "SELECT pg_catalog.set_config(name, $2, false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) $1"
         for name, value in settings.items():
@@ -539,6 +604,17 @@ async def _settled(working: "asyncio.Task[Any]") -> None:
 
 async def _done_or_later(working: "asyncio.Task[Any]") -> None:
     await asyncio.wait({working}, timeout=LOOK_SECONDS)
+
+
+def _sliced(block: bytes) -> Iterator[bytes]:
+    """A block in pieces of a frame at most: a row of hundreds of megabytes comes in one, and is not to be held several times."""
+    if len(block) <= FRAME_BYTES:
+        if block:
+            yield block
+        return
+    view = memoryview(block)
+    for start in range(0, len(block), FRAME_BYTES):
+        yield bytes(view[start : start + FRAME_BYTES])
 
 
 def _ascii_quoted(identifier: str) -> str:

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Server
 from athena_backup.operation import Operation
-from athena_backup.postgres.held import Held, Table, lock_tables, lost_holder, ping, waiting_for
+from athena_backup.postgres.held import Held, lock_tables, lost_holder, ping, tables_of, waiting_for
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
@@ -36,20 +36,6 @@ _PING_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 # undefined_table and invalid_schema_name (manual, appendix A): dropped between our listing and our LOCK.
 _VANISHED = ("42P01", "3F000")
-
-# What pg_dump reads: of an extension's own tables only those that it names as configuration. The others CREATE EXTENSION
-# makes anew, and an ordinary owner may have no right to so much as lock them.
-_TABLES = text(
-    "SELECT c.oid::bigint AS oid, c.relfilenode::bigint AS file, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
-    " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
-    " WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
-    " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d"
-    " JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid"
-    " WHERE d.objid OPERATOR(pg_catalog.=) c.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
-    " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
-    " AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass"
-    " AND NOT coalesce(c.oid OPERATOR(pg_catalog.=) ANY (e.extconfig), false)) ORDER BY c.oid"
-)
 
 
 @dataclass
@@ -171,7 +157,7 @@ def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) 
         run_sql(locks, "ROLLBACK")
         run_sql(locks, "BEGIN ISOLATION LEVEL READ COMMITTED")
         run_sql(locks, f"SET LOCAL lock_timeout = {int(lock_timeout_seconds * 1000)}")
-        held.locked = _tables(locks)
+        held.locked = tables_of(locks)
         try:
             with cancelled_with(locks, operation):
                 lock_tables(locks, [name for _, _, name in held.locked])
@@ -193,10 +179,6 @@ def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) 
         next_step="back up when fewer tables are made and dropped",
         step="locking the tables",
     )
-
-
-def _tables(connection: Connection) -> list[Table]:
-    return [(row.oid, row.file, row.name) for row in connection.execute(_TABLES)]
 
 
 def _refuse_twins(opening: _Opening) -> None:
@@ -290,7 +272,7 @@ def _look_at_tables(held: Held) -> None:
     S locks none: 10,000 tables locked by L and by pg_dump are what a server's lock table takes as it comes (tried).
     """
     # What L sees by now is not enough: a table made after L's locking would be seen by both and locked by none.
-    held.stands_still = held.locked == _tables(held.reader) == _tables(held.locks)
+    held.stands_still = held.locked == tables_of(held.reader) == tables_of(held.locks)
     if not held.stands_still:
         return
     held.snapshot = held.reader.execute(text("SELECT pg_catalog.pg_export_snapshot()")).scalar_one()

@@ -95,7 +95,7 @@ def write_database(
     sizes = table_sizes(held, operation)
     operation.expect(database.name, sum(sizes.values()))
     with translating(held, operation):
-        bulk = bulk_tables(held, bulk_bytes=bulk_bytes)
+        bulk = bulk_tables(held, all_bytes=sum(sizes.values()), bulk_bytes=bulk_bytes)
     bulk_oids = {table.oid for table in bulk}
     dump = _Dump(held, client, head, bulk)
 
@@ -134,6 +134,7 @@ def write_database(
     with contextlib.closing(sessions):
         stream, facts, *rest = (crew or Crew(1)).run(units)
     held.prove()
+    held.prove_names()
     streams, counts = rest[: len(ranges)], rest[len(ranges) :]
     _check_tables(head.tables(), sizes.keys() - bulk_oids, bulk_oids)
     rows = rows_of(streams)

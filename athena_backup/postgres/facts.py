@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, text
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
 from athena_backup.postgres.held import Held, lost_holder, snapshot_session
-from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql, translated
+from athena_backup.postgres.sessions import COUNTING_SETTINGS, cancelled_with, quoted, run_sql, translated
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.
@@ -22,7 +22,8 @@ _COUNTED_TABLES = text(
     "SELECT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name, pg_catalog.pg_table_size(c.oid)::bigint AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
-    " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
+    " AND n.nspname !~ '^pg_' AND NOT (c.relpersistence OPERATOR(pg_catalog.=) 'u' AND pg_catalog.pg_is_in_recovery())"
+    " AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
     " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype OPERATOR(pg_catalog.=) 'e')"
     " ORDER BY n.nspname, c.relname"
 )
@@ -98,7 +99,7 @@ def read_facts(held: Held, operation: Operation, *, uncounted: Collection[int] =
                 )
             ),
             large_objects=reader.execute(text("SELECT count(*) FROM pg_catalog.pg_largeobject_metadata")).scalar_one(),
-            omitted=tuple(_hidden_user_mappings(reader)),
+            omitted=(*_hidden_user_mappings(reader), *_unlogged_on_a_standby(reader)),
             dump_version="",
         )
 
@@ -207,6 +208,20 @@ def _hidden_user_mappings(reader: Connection) -> list[str]:
     ]
 
 
+def _unlogged_on_a_standby(reader: Connection) -> list[str]:
+    """Tables of which a standby has no rows (manual, 27.4.2)."""
+    statement = text(
+        "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c"
+        " JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+        " WHERE pg_catalog.pg_is_in_recovery() AND c.relkind OPERATOR(pg_catalog.=) 'r'"
+        " AND c.relpersistence OPERATOR(pg_catalog.=) 'u' ORDER BY 1"
+    )
+    return [
+        f"rows of the unlogged table {name}, of which a standby has none"
+        for name in reader.execute(statement).scalars()
+    ]
+
+
 def _count_rows(held: Held, operation: Operation, uncounted: Collection[int]) -> tuple[TableCount, ...]:
     """The rows of every table, so many tables in one transaction: their locks go with it."""
     tables = [row for row in _counted_tables(held, operation) if row.oid not in uncounted]
@@ -216,7 +231,7 @@ def _count_rows(held: Held, operation: Operation, uncounted: Collection[int]) ->
         names = [f"{quoted(row.schema_name)}.{quoted(row.name)}" for row in some]
         operation.check()
         held.check()
-        with snapshot_session(held, names, operation) as connection:
+        with snapshot_session(held, names, operation, COUNTING_SETTINGS) as connection:
             selects = [f"SELECT {number}, count(*) FROM ONLY {name}" for number, name in enumerate(names)]  # noqa: S608 - quoted
             rows = {row[0]: row[1] for row in run_sql(connection, " UNION ALL ".join(selects))}
         counts += [

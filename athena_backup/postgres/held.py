@@ -26,6 +26,20 @@ from athena_backup.postgres.sessions import (
     translated,
 )
 
+# What pg_dump reads: of an extension's own tables only those that it names as configuration. The others CREATE EXTENSION
+# makes anew, and an ordinary owner may have no right to so much as lock them.
+_TABLES = text(
+    "SELECT c.oid::bigint AS oid, c.relfilenode::bigint AS file, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
+    " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
+    " WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
+    " AND n.nspname !~ '^pg_' AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d"
+    " JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid"
+    " WHERE d.objid OPERATOR(pg_catalog.=) c.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
+    " AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
+    " AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass"
+    " AND NOT coalesce(c.oid OPERATOR(pg_catalog.=) ANY (e.extconfig), false)) ORDER BY c.oid"
+)
+_ENUM_LABELS = text("SELECT oid::bigint, enumlabel FROM pg_catalog.pg_enum")
 LOCK_NOT_AVAILABLE = "55P03"
 _LOCKS_PER_STATEMENT = 500
 Table = tuple[int, int, str]
@@ -75,6 +89,30 @@ class Held:
             self.lost = self.lost or lost_holder(error)
         self.check()
 
+    def prove_names(self) -> None:
+        """Raise `FinalError` unless every name still means what it meant at the cut.
+
+        A schema, or an enum's value, can be renamed under all table locks: readers that go by name, `pg_dump` among them,
+        then read another table, or write a value that nobody knows, and notice nothing (tried).
+        """
+        self.check()
+        try:
+            with self.locks_lock:
+                tables, labels = tables_of(self.locks), set(self.locks.execute(_ENUM_LABELS).tuples())
+            with self.reader_lock:
+                old_labels = set(self.reader.execute(_ENUM_LABELS).tuples())
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            self.lost = self.lost or lost_holder(error)
+            raise self.lost from error
+        renamed = [name for _, _, name in sorted(set(self.locked) - set(tables))]
+        renamed += [f"the enum value {label!r}" for _, label in sorted(old_labels - labels)]
+        if renamed:
+            raise FinalError(
+                f"something was renamed while the database was read: {', '.join(renamed[:5])}",
+                next_step="back up again, and rename schemas and enum values outside of backups",
+                step="reading",
+            )
+
     def is_readable(self) -> bool:
         """Whether the server sent something on an idle session of ours: it does so when it ends one."""
         poll = select.poll()
@@ -100,6 +138,11 @@ class Held:
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
             return [f"pid {pid} waits with {query!r}" for pid, query in waiting_for(self)]
         return []
+
+
+def tables_of(connection: Connection) -> list[Table]:
+    """Every table that has to be held still; raises SQLAlchemy's errors."""
+    return [(row.oid, row.file, row.name) for row in connection.execute(_TABLES)]
 
 
 def lock_tables(connection: Connection, names: Sequence[str], how: str = "") -> None:

@@ -1,15 +1,15 @@
 """A database's streams into its staging database ("PostgreSQL", section 4).
 
-A dump that holds everything goes into one `pg_restore`. Where bulk tables stand in streams of their own: first the schema,
-then the dump's data and all of those at once, and the indexes and keys of a big table as soon as its last row is in; then
-everything else: other indexes, foreign keys, triggers and, last of all, the rights: an owner may have taken his own right to
-write from himself.
+First the schema, then the dump's data and all streams of bulk tables at once, and the indexes and keys of a big table as soon as
+its last row is in; then everything else: other indexes, foreign keys, triggers and, last of all, the rights: an owner may have
+taken his own right to write from himself.
 """
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
 from athena_backup.postgres.clients import client_version
 from athena_backup.postgres.contents import TableEntries, are_rights, entries_of_tables, lines_of
 from athena_backup.postgres.copy import load_range, table_oid
+from athena_backup.postgres.order import order_dependent_tables
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
@@ -41,15 +42,20 @@ from athena_backup.store import Store
 # pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
 _SECTIONS = ("pre-data", "data", "post-data")
+# A table with foreign descendants is not among them: their servers would be asked, and may be gone.
 _ANALYZED = text(
-    "SELECT n.nspname AS schema_name, c.relname AS name,"
+    "WITH RECURSIVE asking(oid) AS (SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class f"
+    " ON f.oid OPERATOR(pg_catalog.=) i.inhrelid WHERE f.relkind OPERATOR(pg_catalog.=) 'f'"
+    " UNION SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN asking a ON a.oid OPERATOR(pg_catalog.=) i.inhrelid)"
+    " SELECT n.nspname AS schema_name, c.relname AS name,"
     " coalesce(pg_catalog.pg_table_size(c.oid), 0)::bigint AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind IN ('r', 'm', 'p') AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_toast'"
-    " AND c.relpersistence <> 't' ORDER BY size_bytes DESC, c.oid"
+    " AND c.relpersistence <> 't' AND c.oid NOT IN (SELECT oid FROM asking) ORDER BY size_bytes DESC, c.oid"
 )
 _BATCH_BYTES = 64 << 20
 _BATCH_LIMIT = 500
+logger = logging.getLogger("athena_backup.postgres")
 SOON_BYTES = 64 << 20
 """Of smaller tables the indexes are made by one parallel pg_restore at the end, without a process for each."""
 
@@ -70,17 +76,16 @@ class Loading:
 
     def run(self, crew: Crew) -> None:
         """Load everything and analyze it; raises the first thing that fails: the staging database is of no use then."""
-        dump, *streams = self.component.streams
-        analyzed: frozenset[str] = frozenset()
-        if streams:
-            head = self._head(dump)
-            with unnamed_file(head.content) as archive:
-                plan = _Plan(self, archive, head, dump, streams)
-                crew.run(plan.units)
-                analyzed = frozenset(plan.analyzed)
-        else:
-            crew.run([Unit(self.component.raw_size_bytes, lambda turn: self.restore(feed=dump, turn=turn))])
-        self._analyze_rest(crew, analyzed)
+        head = self._head(self.component.streams[0])
+        with unnamed_file(head.content) as archive:
+            sections = {section: lines_of(head.listing(f"--section={section}")) for section in _SECTIONS}
+            schema = _but_rights(sections["pre-data"])
+            crew.run([Unit(0, lambda _: self.restore(archive, entries=schema))])
+            with session(self.staging.url) as connection:
+                last = list(order_dependent_tables(connection).values())
+            plan = _Plan(self, archive, head.listing("--verbose"), sections, last)
+            crew.run(plan.units)
+        self._analyze_rest(crew, frozenset(plan.analyzed))
 
     def _head(self, dump: Stream) -> ArchiveHead:
         head = ArchiveHead(self.client, "latin-1", self.operation)
@@ -157,45 +162,65 @@ class Loading:
         crew.run([Unit(size_bytes, partial(self.analyze, names)) for names, size_bytes in batches])
 
     def analyze(self, tables: Sequence[str], turn: Turn) -> None:
-        """ANALYZE some tables, one after the other, by their quoted names."""
+        """ANALYZE some tables, one after the other, by their quoted names.
+
+        One that can't be is told in the log: its rows are there, and autovacuum looks at it again.
+        """
         turn.check()
-        with session(self.staging.url) as connection, cancelled_with(connection, self.operation):
-            run_sql(connection, f"ANALYZE {', '.join(tables)}")
+        try:
+            with session(self.staging.url) as connection, cancelled_with(connection, self.operation):
+                run_sql(connection, f"ANALYZE {', '.join(tables)}")
+        except AthenaError as error:
+            self.operation.check()
+            if len(tables) > 1:
+                for table in tables:
+                    self.analyze([table], turn)
+            else:
+                logger.warning("%s of %s is not analyzed: %s", tables[0], self.component.name, error)
 
 
 class _Plan:
-    """The units of a load with bulk tables, each after what it needs."""
+    """The units of a load, each after what it needs."""
 
     def __init__(
-        self, loading: Loading, archive: str, head: ArchiveHead, dump: Stream, streams: Sequence[Stream]
+        self,
+        loading: Loading,
+        archive: str,
+        verbose: bytes,
+        sections: Mapping[str, Sequence[bytes]],
+        last: Sequence[tuple[str, str]],
     ) -> None:
+        """``verbose``: the dump's list of contents; ``sections``: its entries by section; ``last``: the tables, by schema and
+        name, that are loaded one by one when all others are full.
+        """
         self.units: list[Unit[None]] = []
         self.analyzed: list[str] = []
         """The tables that are analyzed by one of the units."""
         self._loading = loading
         self._archive = archive
-        before, data, after = (lines_of(head.listing(f"--section={section}")) for section in _SECTIONS)
-        rights = [line for line in [*before, *data] if are_rights(line)]
+        data, after = sections["data"], sections["post-data"]
+        rights = [line for line in [*sections["pre-data"], *data] if are_rights(line)]
+        dump, *streams = loading.component.streams
         tables: dict[tuple[str, str], list[Stream]] = {}
         for stream in streams:
             if stream.table is not None:
                 tables.setdefault((stream.table.schema_name, stream.table.name), []).append(stream)
         oids = {name: oid for name, some in tables.items() if (oid := table_oid(some[0])) is not None}
-        soon = entries_of_tables(head.listing("--verbose"), after, frozenset(oids.values()))
-        begun = [self._add(0, self._make(_but_rights(before)))]
-        loaded = [
-            self._add(_size(dump), lambda turn: loading.restore(entries=_but_rights(data), feed=dump, turn=turn), begun)
-        ]
+        soon = entries_of_tables(verbose, after, frozenset(oids.values()))
+        loaded = [self._add(_size(dump), lambda turn: loading.restore(entries=_but_rights(data), feed=dump, turn=turn))]
         made: set[bytes] = set()
-        for name, some in tables.items():
+        late = [name for name in last if name in tables]
+        for name in [*(name for name in tables if name not in late), *late]:
+            some = tables[name]
             # By what the table holds in all: the sooner its last range is in, the sooner its indexes can be made.
             size_bytes = sum(map(_size, some))
-            own = [self._add(size_bytes, partial(loading.load, one, is_alone=len(some) == 1), begun) for one in some]
+            needs = loaded if name in late else []
+            own = [self._add(size_bytes, partial(loading.load, one, is_alone=len(some) == 1), needs) for one in some]
             entries = soon.get(oids.get(name, -1))
             if entries and size_bytes >= loading.soon_bytes:
                 own = self._add_entries(entries, name, size_bytes, own)
                 made |= entries.lines
-            loaded += own
+            loaded = [*loaded, *own]
         rest = [line for line in after if line not in made]
         self._add(loading.component.raw_size_bytes, self._make([*rest, *rights]), loaded, is_elastic=True)
 

@@ -68,8 +68,12 @@ _OURS = frozenset(
     }
 )
 
+# How values are written and read, `pg_dump`'s and `pg_restore`'s sessions included, which don't set these: money is read in no
+# other locale than that in which it was written, and with array_nulls off NULL comes back as a text of four letters (tried).
+FORMAT_SETTINGS = {"lc_monetary": "C", "array_nulls": "on"}
 # Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
 READING_SETTINGS = {
+    **FORMAT_SETTINGS,
     "row_security": "off",
     "search_path": "",
     "datestyle": "ISO",
@@ -81,9 +85,13 @@ READING_SETTINGS = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
     "transaction_timeout": "0",
+    "xmloption": "content",
     "default_transaction_read_only": "off",
     "default_transaction_isolation": "read committed",
 }
+
+COUNTING_SETTINGS = {"enable_indexonlyscan": "off", "enable_indexscan": "off", "enable_bitmapscan": "off"}
+"""What is counted is what is copied, the table: a defective index may hold another number of rows (tried)."""
 
 # The driver has no codec for these. The bytes of SQL_ASCII mean nothing: as LATIN1 each comes and goes as it is.
 _CLIENT_ENCODINGS = {"SQL_ASCII": "LATIN1", "EUC_TW": "UTF8"}
@@ -167,6 +175,10 @@ def libpq_environment(url: URL) -> dict[str, str]:
         variable = _LIBPQ_VARIABLES.get(name)
         if variable:
             environment[variable] = value if isinstance(value, str) else ",".join(value)
+    given = [environment.get("PGOPTIONS") or ""]
+    environment["PGOPTIONS"] = " ".join(
+        [*given, *(f"-c {name}={value}" for name, value in FORMAT_SETTINGS.items())]
+    ).strip()
     return {name: value for name, value in environment.items() if value is not None}
 
 
@@ -309,6 +321,9 @@ def translated(error: sqlalchemy.exc.DBAPIError) -> AthenaError:
 
 def translated_state(state: str, message: str) -> AthenaError:
     """An SQLSTATE and its message as one of ours; an empty one: the connection was not made, or broke."""
+    if state.startswith(("22", "23")):
+        # What follows are the row's contents, which belong into no log.
+        message = message.partition("\n")[0]
     message = " ".join(message.split())
     # libpq gives no SQLSTATE for a connection that was refused; its sentence is all there is.
     if state.startswith("28") or "password authentication failed" in message or "no password supplied" in message:
