@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from athena_backup import volume_archive
+from athena_backup import volume_members
 from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.manifest import Component, Part, Stream, VolumeFacts
 from athena_backup.names import SetId, Timestamp
@@ -122,7 +122,7 @@ def tree(tmp_path: Path) -> Path:
     Path(os.fsdecode(folder), "deep").write_text("deep")
     (root / "empty").mkdir()
     (root / "empty.txt").touch()
-    (root / "large").write_bytes(os.urandom(volume_archive.REREAD_LIMIT_BYTES + 12_345))
+    (root / "large").write_bytes(os.urandom(volume_members.REREAD_LIMIT_BYTES + 12_345))
     (root / "first").write_text("one inode")
     os.link(root / "first", root / "zweiter")
     os.link(root / "first", root / "a-third")
@@ -283,7 +283,7 @@ class TestTornFiles:
         root.mkdir()
         (root / "log").write_bytes(b"a" * 1000)
         with (root / "log").open("ab") as log:
-            real = volume_archive._read_all
+            real = volume_members._read_all
 
             def growing(descriptor: int, size_bytes: int) -> bytes:
                 content = real(descriptor, size_bytes)
@@ -291,7 +291,7 @@ class TestTornFiles:
                 log.flush()
                 return content
 
-            monkeypatch.setattr(volume_archive, "_read_all", growing)
+            monkeypatch.setattr(volume_members, "_read_all", growing)
             component = back_up(root, local_store, torn_limit=1)
         assert component.volume is not None
         assert component.volume.torn == ("log",)
@@ -301,18 +301,18 @@ class TestTornFiles:
     def test_a_large_file_that_shrinks_is_padded_and_torn(
         self, tmp_path: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(volume_archive, "REREAD_LIMIT_BYTES", 100)
+        monkeypatch.setattr(volume_members, "REREAD_LIMIT_BYTES", 100)
         root = tmp_path / "live"
         root.mkdir()
         (root / "image").write_bytes(b"a" * 1000)
-        real = volume_archive._segments
+        real = volume_members._segments
 
-        def shrinking(descriptor: int, status: os.stat_result) -> volume_archive._Segments | None:
+        def shrinking(descriptor: int, status: os.stat_result) -> volume_members._Segments | None:
             segments = real(descriptor, status)
             os.truncate(root / "image", 300)
             return segments
 
-        monkeypatch.setattr(volume_archive, "_segments", shrinking)
+        monkeypatch.setattr(volume_members, "_segments", shrinking)
         component = back_up(root, local_store, torn_limit=1)
         assert component.volume is not None
         assert component.volume.torn == ("image",)
@@ -336,7 +336,7 @@ class TestTornFiles:
             back_up(root, local_store, torn_limit=0.009)
 
     def write_during_reads(self, monkeypatch: pytest.MonkeyPatch, path: Path, data: bytes, *, times: int) -> None:
-        real = volume_archive._read_all
+        real = volume_members._read_all
         left = [times]
         inode = path.stat().st_ino
 
@@ -348,7 +348,7 @@ class TestTornFiles:
                 os.utime(path, ns=(0, left[0]))
             return content
 
-        monkeypatch.setattr(volume_archive, "_read_all", disturbed)
+        monkeypatch.setattr(volume_members, "_read_all", disturbed)
 
 
 def test_an_inode_that_was_given_to_another_file_is_no_hard_link(
@@ -358,14 +358,14 @@ def test_an_inode_that_was_given_to_another_file_is_no_hard_link(
     root.mkdir()
     (root / "a").write_text("first")
     os.link(root / "a", root / "b")
-    real = volume_archive._Archive._file
+    real = volume_members.Members._file
 
-    def rewriting(archive: volume_archive._Archive, entry: Entry) -> Iterator[bytes]:
-        yield from real(archive, entry)
+    def rewriting(members: volume_members.Members, entry: Entry) -> Iterator[bytes]:
+        yield from real(members, entry)
         if entry.path == b"a":
             (root / "b").write_text("other content")
 
-    monkeypatch.setattr(volume_archive._Archive, "_file", rewriting)
+    monkeypatch.setattr(volume_members.Members, "_file", rewriting)
     with pytest.raises(FinalError, match="changed or vanished while they were read: b"):
         back_up(root, local_store)
     (root / "b").write_text("first")

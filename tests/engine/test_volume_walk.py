@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from athena_backup import volume_archive, volume_git, volume_walk
+from athena_backup import volume_git, volume_members, volume_walk
 from athena_backup.errors import FinalError
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
@@ -399,7 +399,7 @@ def test_a_pack_that_is_touched_or_deleted_while_it_is_read_is_not_torn(
     repository: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     git(repository, "repack", "-ad", "-q")
-    real = volume_archive._read_all
+    real = volume_members._read_all
 
     def touching(descriptor: int, size_bytes: int) -> bytes:
         content = real(descriptor, size_bytes)
@@ -408,7 +408,7 @@ def test_a_pack_that_is_touched_or_deleted_while_it_is_read_is_not_torn(
                 pack.unlink()
         return content
 
-    monkeypatch.setattr(volume_archive, "_read_all", touching)
+    monkeypatch.setattr(volume_members, "_read_all", touching)
     component = write_volume(Volume("git", repository), local_store, SET_ID, "run", Operation())
     assert component.volume is not None
     assert (component.volume.torn, component.volume.vanished) == ((), ())
