@@ -30,7 +30,12 @@ class Turn:
     give_back: Callable[[], None] = lambda: None
     """Says that all that is left is to wait for somebody else, such as a store: the next unit may begin.
 
-    Of all units `WAITING_LIMIT` at most wait so without a slot; any further one keeps its own.
+    Of all units `WAITING_LIMIT` at most wait so without a slot; any further one keeps one.
+    """
+    slots_now: Callable[[], int] = lambda: 1
+    """How many it may use from now on instead of `slots`, at least 1; for an elastic unit that can change it at any time.
+
+    Each call may take one more that nobody uses, or give all but one back to those that wait: it is to be asked often.
     """
 
 
@@ -39,12 +44,14 @@ class Unit(Generic[_Result]):
     """A piece of work that one thread does from beginning to end."""
 
     size_bytes: int
-    """About how many bytes it has to move: the bigger goes first."""
+    """About how many bytes it has to move: of one rank the bigger goes first."""
     work: Callable[[Turn], _Result]
     is_elastic: bool = False
     """Whether it can use every slot that nobody else waits for when its turn comes."""
     after: Sequence[int] = ()
     """Which units of the same call have to be done first, by their positions, all before its own."""
+    rank: int = 0
+    """One of a higher rank waits for all of a lower one that wait for a slot, whatever their sizes."""
 
 
 @dataclass
@@ -62,13 +69,21 @@ class _Batch:
 
 @dataclass(order=True)
 class _Waiting:
-    rank: tuple[int, int]
+    order: tuple[int, int, int]
     unit: Unit[Any] = field(compare=False)
     batch: _Batch = field(compare=False)
     index: int = field(compare=False)
     context: contextvars.Context = field(compare=False)
     before: set[int] = field(compare=False)
     """What it still waits for."""
+
+
+@dataclass
+class _Held:
+    """What a unit at work has of the budget."""
+
+    slots: int
+    """0: it gave them back, and waits for somebody else."""
 
 
 class Crew:
@@ -94,8 +109,8 @@ class Crew:
                 if any(not 0 <= position < index for position in unit.after):
                     raise ValueError(f"unit {index} waits for {unit.after}")
                 self._count += 1
-                rank = (-unit.size_bytes, self._count)
-                batch.behind.append(_Waiting(rank, unit, batch, index, contextvars.copy_context(), set(unit.after)))
+                order = (unit.rank, -unit.size_bytes, self._count)
+                batch.behind.append(_Waiting(order, unit, batch, index, contextvars.copy_context(), set(unit.after)))
             self._queue(batch)
             try:
                 self._start()
@@ -141,34 +156,45 @@ class Crew:
             slots = self._free if one.unit.is_elastic and not self._waiting else 1
             self._free -= slots
             try:
-                threading.Thread(target=self._do, args=(one, slots), name="crew", daemon=True).start()
+                threading.Thread(target=self._do, args=(one, _Held(slots)), name="crew", daemon=True).start()
             except RuntimeError as error:  # the system has no room for another thread
                 self._free += slots
                 self._fail(one.batch, error)
                 self._end(one)
 
-    def _do(self, one: _Waiting, slots: int) -> None:
-        has_slots = True
-
-        def give_back() -> None:
-            nonlocal has_slots
-            with self._changed:
-                if has_slots and self._without_slot < WAITING_LIMIT:
-                    has_slots = False
-                    self._without_slot += 1
-                    self._free += slots
-                    self._start()
-
+    def _do(self, one: _Waiting, held: _Held) -> None:
+        turn = Turn(held.slots, one.batch.check, lambda: self._give_back(held), lambda: self._slots_now(one.unit, held))
         try:
-            one.batch.results[one.index] = one.context.run(one.unit.work, Turn(slots, one.batch.check, give_back))
+            one.batch.results[one.index] = one.context.run(one.unit.work, turn)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the result
             with self._changed:
                 self._fail(one.batch, error)
         finally:
             with self._changed:
-                if has_slots:
-                    self._free += slots
-                else:
-                    self._without_slot -= 1
+                self._free += held.slots
+                self._without_slot -= held.slots == 0
                 self._end(one)
                 self._start()
+
+    def _give_back(self, held: _Held) -> None:
+        with self._changed:
+            keeps = int(self._without_slot >= WAITING_LIMIT)
+            if held.slots > keeps:
+                self._free += held.slots - keeps
+                held.slots = keeps
+                self._without_slot += keeps == 0
+                self._start()
+
+    def _slots_now(self, unit: Unit[Any], held: _Held) -> int:
+        with self._changed:
+            if not held.slots:  # it gave them back, and only waits
+                return 1
+            if self._waiting:
+                self._free += held.slots - 1
+                held.slots = 1
+                self._start()
+            elif self._free and unit.is_elastic:
+                # One at a time, so that several that grow share what is free.
+                self._free -= 1
+                held.slots += 1
+            return held.slots

@@ -84,6 +84,53 @@ def test_the_last_one_gets_every_slot_that_nobody_waits_for() -> None:
     assert slots == [1, "other"]
 
 
+def test_what_may_wait_goes_last_however_big_it_is() -> None:
+    crew, gauge = Crew(1), Gauge()
+    threads = [in_thread(lambda: crew.run([Unit(1, gauge.work("first"))]))]
+    gauge.await_begun(1)
+    archives = [Unit(10, gauge.work("archive"), rank=1), Unit(1000, gauge.work("big archive"), rank=1)]
+    threads.append(in_thread(lambda: crew.run(archives)))
+    threads.append(in_thread(lambda: crew.run([Unit(5, gauge.work("table"))])))
+    while len(crew._waiting) < 3:
+        threading.Event().wait(0.001)
+    gauge.opened.set()
+    for thread in threads:
+        thread.join(20)
+    assert gauge.order == ["first", "table", "big archive", "archive"]
+
+
+def test_one_that_can_use_more_takes_what_became_free_and_gives_it_back_to_those_that_wait() -> None:
+    crew, other, another = Crew(3), Gauge(), Gauge()
+    seen: list[int] = []
+
+    def work(turn: Turn) -> None:
+        seen.append(turn.slots)
+        seen.append(turn.slots_now())  # the third is the other's
+        other.opened.set()
+        threads[0].join(20)
+        seen.append(turn.slots_now())  # now it is free
+        seen.append(turn.slots_now())  # there are no more
+        threads.append(in_thread(lambda: crew.run([Unit(1, another.work("another"))])))
+        while not crew._waiting:
+            threading.Event().wait(0.001)
+        seen.append(turn.slots_now())
+        another.await_begun(1)
+        seen.append(turn.slots_now())  # two at work, and nobody waits
+        another.opened.set()
+
+    threads = [in_thread(lambda: crew.run([Unit(1, other.work("other"))]))]
+    other.await_begun(1)
+    waiting = in_thread(lambda: crew.run([Unit(1, work, is_elastic=True)]))
+    waiting.join(20)
+    threads[1].join(20)
+    assert seen == [2, 2, 3, 3, 1, 2]
+    assert crew._free == 3
+
+
+def test_one_that_can_not_use_more_keeps_its_slot() -> None:
+    assert Crew(3).run([Unit(1, lambda turn: [turn.slots_now(), turn.slots_now()])]) == [[1, 1]]
+
+
 def test_the_first_failure_is_raised_when_nobody_is_at_work_and_the_rest_is_not_begun() -> None:
     crew = Crew(2)
     begun: list[str] = []
