@@ -7,7 +7,6 @@ is whole, and `read_part` ends without one only if every byte that was written h
 
 import contextlib
 import hashlib
-import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,6 +26,8 @@ PART_LIMIT_BYTES = 64 << 30
 COMPRESSION_LEVEL = 1
 FRAME_BYTES = 4 << 20
 """Of raw bytes in a zstd frame: eight windows of this level, so that little is lost at its borders (1 MiB cost 6 %)."""
+THREADS_LIMIT = 64
+"""The most threads that compress one stream."""
 _GRACE_SECONDS = 5.0
 _Result = TypeVar("_Result")
 
@@ -59,14 +60,15 @@ def write_stream(
     operation: Operation,
     *,
     part_limit_bytes: int = PART_LIMIT_BYTES,
-    threads: int = 1,
+    threads: Callable[[], int] = lambda: 1,
     on_read: Callable[[], None] = lambda: None,
 ) -> tuple[Part, ...]:
     """Store the whole of ``source`` as one part or more; ``key_of`` gives the key of part 0, 1, …
 
     A part is a whole number of zstd frames, each with its content checksum; ``cat part.* | zstd -d`` gives the stream back.
-    ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` compress it; ``on_read`` is
-    called when the source has been read and only the store is waited for. Raises what the source or store raises.
+    ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` is asked before each frame
+    how many may compress at once; ``on_read`` is called when the source has been read and only the store is waited for.
+    Raises what the source or store raises.
     """
     parts: list[Part] = []
     chunks = source.open(operation)
@@ -107,24 +109,28 @@ class _Lookahead:
             close()
 
 
-def _compressed(blocks: Iterator[bytes], threads: int) -> Iterator[bytes]:
+def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator[bytes]:
     """Each block as a zstd frame, in order; while some are compressed the next is read and the one before is stored.
 
     One call a frame: where zstd is fed piece by piece it first copies what it gets, and then finds matches more slowly.
     """
-    # A compressor is for one thread at a time: each serves every so-and-so-many-th block, after its last.
-    compressors = itertools.cycle(
-        [zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True) for _ in range(threads)]
-    )
-    with ThreadPoolExecutor(threads, "zstd") as pool:
-        waiting: deque[Future[bytes]] = deque()
+    idle: list[zstandard.ZstdCompressor] = []  # each is for one thread at a time
+    waiting: deque[tuple[Future[bytes], zstandard.ZstdCompressor]] = deque()
+
+    def oldest() -> bytes:
+        future, compressor = waiting.popleft()
+        frame = future.result()
+        idle.append(compressor)
+        return frame
+
+    with ThreadPoolExecutor(THREADS_LIMIT, "zstd") as pool:
         for block in blocks:
-            frame = waiting.popleft().result() if len(waiting) == threads else None
-            waiting.append(pool.submit(next(compressors).compress, block))
-            if frame is not None:
-                yield frame
+            frames = [oldest() for _ in range(len(waiting) + 1 - min(threads(), THREADS_LIMIT))]
+            compressor = idle.pop() if idle else zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+            waiting.append((pool.submit(compressor.compress, block), compressor))
+            yield from frames
         while waiting:
-            yield waiting.popleft().result()
+            yield oldest()
 
 
 def _write_part(
@@ -134,7 +140,7 @@ def _write_part(
     key: str,
     operation: Operation,
     limit_bytes: int,
-    threads: int,
+    threads: Callable[[], int],
     on_read: Callable[[], None],
 ) -> Part:
     digest = hashlib.sha256()

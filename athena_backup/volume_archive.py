@@ -70,7 +70,7 @@ def write_volume(
             lambda number: f"{folder}{name}.{number:04}",
             operation,
             part_limit_bytes=part_limit_bytes,
-            threads=turn.slots,
+            threads=turn.slots_now,
             on_read=turn.give_back,
         )
 

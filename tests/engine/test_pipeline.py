@@ -1,7 +1,8 @@
 """A stream comes back exactly as it went in, or an error says that it doesn't."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from athena_backup import pipeline
 from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.manifest import Part
 from athena_backup.operation import Operation
@@ -62,6 +64,38 @@ def test_a_stream_beyond_the_limit_goes_on_in_the_next_part_and_cat_joins_them(l
     assert len(parts) == 5
     joined = b"".join(path_of(local_store, part).read_bytes() for part in parts)
     assert zstandard.ZstdDecompressor().stream_reader(joined, read_across_frames=True).read() == data
+
+
+def test_as_many_frames_are_compressed_at_once_as_are_allowed_at_that_moment(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, most, frames = [1, 1, 3, 3, 3, 3, 1, 1, 1, 2], [], 10
+    at_once: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, call: Callable[..., bytes], /, *arguments: object, **named: object) -> Future[bytes]:  # type: ignore[override]
+            future = super().submit(call, *arguments, **named)
+            at_once.append(1)
+            real = future.result
+            future.result = lambda *rest: (at_once.pop(), real(*rest))[1]  # type: ignore[method-assign]
+            most.append(len(at_once))
+            return future
+
+    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Pool)
+    data = noise(frames * pipeline.FRAME_BYTES)
+    chunks = [data[start : start + pipeline.FRAME_BYTES] for start in range(0, len(data), pipeline.FRAME_BYTES)]
+    answers = iter(allowed)
+    parts = write_stream(
+        source(*chunks), local_store, lambda number: f"set/dump.{number:04}", Operation(), threads=lambda: next(answers)
+    )
+    assert most == [1, 1, 2, 3, 3, 3, 1, 1, 1, 2]
+    assert read(local_store, parts) == data
+
+
+def test_what_can_not_be_compressed_is_stored_as_it_is(local_store: LocalStore) -> None:
+    (part,) = write(local_store, noise(8 << 20))
+    # A block of 128 KiB has a head of 3 bytes, a frame one of at most 18 and a checksum of 4 (RFC 8878, section 3.1.1).
+    assert part.size_bytes <= part.raw_size_bytes + 64 * 3 + 2 * 22
 
 
 def test_a_source_that_fails_at_its_end_leaves_no_part(local_store: LocalStore) -> None:
