@@ -1,28 +1,35 @@
-"""A volume into the store: the walk's entries as one tar archive, streamed, and what a restore must find again.
+"""A volume into the store: its entries as tar archives, streamed side by side, and what a restore must find again.
 
-Mirror of `volume_extract`. Today a volume is one archive, ``0000.tar.zst``; the names, the manifest and the reader already
-allow several.
+Mirror of `volume_extract`. Large files stand in archives of their own (`volume_large` says which), everything else and every
+directory in the last, which is the only one of most volumes.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from athena_backup.crew import Crew, Turn, Unit
 from athena_backup.errors import FinalError
-from athena_backup.manifest import Component, Part, Stream, VolumeFacts, component_folder
+from athena_backup.manifest import Component, Stream, VolumeFacts, component_folder
 from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.store import Store
+from athena_backup.volume_entry import shown
+from athena_backup.volume_large import ARCHIVE_BYTES, LARGE_BYTES, Layout, Shares, look, open_large
 from athena_backup.volume_members import Members
 from athena_backup.volume_pax import END
 from athena_backup.volume_staging import half_switched
-from athena_backup.volume_walk import Walk
+from athena_backup.volume_walk import Walk, check_root, open_root
 
 TORN_LIMIT = 0.01
 """Share of a volume's files that may change or vanish while they are read."""
+# Behind every table, however small: what the databases' snapshots hold back ends with the last of those. The looks come before
+# the archives, so that among these the biggest is first, whichever volume it belongs to.
+_LOOK_RANK, _ARCHIVE_RANK = 1, 2
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,15 @@ def write_volume(
     torn_limit: float = TORN_LIMIT,
     allow_empty: bool = False,
     part_limit_bytes: int = PART_LIMIT_BYTES,
+    large_bytes: int = LARGE_BYTES,
+    archive_bytes: int = ARCHIVE_BYTES,
 ) -> Component:
     """Archive a volume into a new attempt's folder and return its complete `Component`; component.json is the caller's.
 
-    Raises `FinalError` for a directory that is not there or (unless ``allow_empty``) empty, as an unmounted one is; for one
-    that a restore left in the middle of its switch; for an entry that can't be read; and where more than ``torn_limit`` of
-    the files changed or vanished while being read.
+    Files from ``large_bytes`` on share archives of about ``archive_bytes`` or more, which are read at the same time as far as
+    ``crew`` has slots. Raises `FinalError` for a directory that is not there or (unless ``allow_empty``) empty, as an
+    unmounted one is; for one that a restore left in the middle of its switch; for an entry that can't be read; and where more
+    than ``torn_limit`` of the files changed or vanished while being read.
     """
     half = half_switched(volume.directory)
     if half:
@@ -57,25 +67,62 @@ def write_volume(
             f"{volume.directory} is neither wholly old nor wholly new: the switch of restore {half[0]} was broken off",
             next_step="restore again: that finishes the switch before anything else",
         )
+    crew = crew or Crew(1)
     began = datetime.now(UTC)
     attempt = new_attempt()
     folder = component_folder(set_id, "volume", volume.name, attempt)
-    archive = _Archive(volume, Walk(volume.directory, operation), torn_limit, allow_empty=allow_empty)
-    name = "0000.tar.zst"
 
-    def write(turn: Turn) -> tuple[Part, ...]:
-        return write_stream(
-            Source(volume.name, lambda _: archive.chunks()),
+    def looked(turn: Turn) -> Layout:
+        def check() -> None:
+            turn.check()
+            operation.check()
+
+        return look(root, check, large_bytes=large_bytes, archive_bytes=archive_bytes)
+
+    def write(number: int, chunks: Callable[[], Iterator[bytes]], turn: Turn) -> Stream:
+        def threads() -> int:
+            turn.check()
+            return turn.slots_now()
+
+        name = f"{number:04}.tar.zst"
+        parts = write_stream(
+            Source(volume.name, lambda _: chunks()),
             store,
-            lambda number: f"{folder}{name}.{number:04}",
+            lambda part: f"{folder}{name}.{part:04}",
             operation,
             part_limit_bytes=part_limit_bytes,
-            threads=turn.slots_now,
+            threads=threads,
             on_read=turn.give_back,
         )
+        return Stream(name=name, parts=parts)
 
-    # Behind every table: what the databases' snapshots hold back ends with the last of those.
-    [parts] = (crew or Crew(1)).run([Unit(0, write, is_elastic=True)])
+    root = open_root(volume.directory)
+    try:
+        [layout] = crew.run([Unit(0, looked, rank=_LOOK_RANK)])
+        shares = Shares(layout)
+        walk = Walk(volume.directory, operation, may_enter=shares.may_enter)
+        large = [_LargeFiles(root, [file.path for file in files], shares) for files in layout.archives]
+        last = _Rest(root, walk, shares)
+
+        def judged() -> VolumeFacts:
+            facts = _facts([*(archive.members for archive in large), last.members], walk, shares.lost())
+            _judge(facts, volume, torn_limit, allow_empty=allow_empty)
+            return facts
+
+        if not large:
+            # Before the archive's end, so that one that is refused is never whole.
+            last.before_end = judged
+        archives = [*(archive.chunks for archive in large), last.chunks]
+        sizes_bytes = [*(sum(file.size_bytes for file in files) for files in layout.archives), layout.rest_bytes]
+        units = [
+            Unit(size_bytes, partial(write, number, chunks), is_elastic=True, rank=_ARCHIVE_RANK)
+            for number, (size_bytes, chunks) in enumerate(zip(sizes_bytes, archives, strict=True))
+        ]
+        streams = crew.run(units)
+        check_root(volume.directory, os.fstat(root))
+        facts = judged()
+    finally:
+        os.close(root)
     return Component(
         name=volume.name,
         kind="volume",
@@ -84,19 +131,55 @@ def write_volume(
         state="complete",
         began=began,
         ended=datetime.now(UTC),
-        streams=(Stream(name=name, parts=parts),),
-        volume=archive.facts(),
+        streams=tuple(streams),
+        volume=facts,
     )
 
 
-@dataclass
-class _Archive:
-    """One pass over a volume; `facts` are known when its chunks have ended."""
+class _LargeFiles:
+    """An archive of large files alone, without the folders in which they lie."""
 
-    volume: Volume
+    def __init__(self, root: int, paths: Sequence[bytes], shares: Shares) -> None:
+        self.members = Members(lambda _: None)
+        self._root = root
+        self._paths = paths
+        self._shares = shares
+
+    def chunks(self) -> Iterator[bytes]:
+        """The archive's bytes."""
+        root = os.dup(self._root)  # the caller's is closed if it is told to stop
+        try:
+            for path in self._paths:
+                yield from self._file(root, path)
+        finally:
+            os.close(root)
+        yield END
+
+    def _file(self, root: int, path: bytes) -> Iterator[bytes]:
+        with open_large(root, path) as entry:
+            if entry is None:
+                self._shares.give_back(path, is_there=False)
+                return
+            is_linked = entry.status.st_nlink > 1
+            if is_linked and self._shares.give_back(path, is_there=True):
+                return
+            if not self._shares.claim(path):
+                return
+            yield from self.members.pieces(entry)
+            if is_linked and shown(path) not in self.members.torn:
+                # A second name since the walk came by: it comes back as two files.
+                self.members.torn.append(shown(path))
+
+
+@dataclass
+class _Rest:
+    """The last archive: one pass over the tree for everything that no other archive has."""
+
+    root: int
     walk: Walk
-    torn_limit: float
-    allow_empty: bool
+    shares: Shares
+    before_end: Callable[[], object] = lambda: None
+    """May refuse the archive when its last member is read."""
     members: Members = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,43 +188,48 @@ class _Archive:
     def chunks(self) -> Iterator[bytes]:
         """The archive's bytes; ends only if the walk ended whole."""
         yield from self._pieces()
-        self._judge()
+        self.before_end()
         yield END
 
     def _pieces(self) -> Iterator[bytes]:
-        for entry in self.walk.entries():
+        for entry in self.walk.entries(self.root):
             self.walk.operation.check()
-            yield from self.members.pieces(entry)
+            if entry.path == b".":
+                for path, folder in self.shares.end_walk():
+                    yield self.members.folder(path, folder.status, folder.xattrs)
+            if self.shares.is_walks(entry):
+                yield from self.members.pieces(entry)
 
-    def _judge(self) -> None:
-        if self.members.count <= 1 and not self.allow_empty:
-            raise FinalError(
-                f"{self.volume.directory} is empty: is it mounted?",
-                next_step="mount it; a volume that may be empty is named in ATHENA_EMPTY_VOLUMES",
-            )
-        vanished = self.walk.vanished
-        lost, all_files = len(self.members.torn) + len(vanished), self.members.files + len(vanished)
-        if lost > self.torn_limit * max(1, all_files):
-            names = ", ".join([*self.members.torn, *vanished][:5])
-            raise FinalError(
-                f"{lost} of {all_files} files changed or vanished while they were read: {names}",
-                next_step="back up when less is written, or raise ATHENA_TORN_LIMIT",
-            )
 
-    def facts(self) -> VolumeFacts:
-        """What a restore must find again."""
-        return VolumeFacts(
-            members=self.members.count,
-            files=self.members.files,
-            content_bytes=self.members.content_bytes,
-            torn=tuple(self.members.torn),
-            vanished=tuple(self.walk.vanished),
-            sockets=self.walk.sockets,
-            other_file_systems=tuple(self.walk.other_file_systems),
-            alternates=tuple(self.walk.alternates),
-            uids=tuple(sorted(self.members.uids)),
-            gids=tuple(sorted(self.members.gids)),
-            special_modes=self.members.special_modes,
-            devices=self.members.devices,
-            xattr_classes=tuple(sorted(self.members.xattr_classes)),
+def _judge(facts: VolumeFacts, volume: Volume, torn_limit: float, *, allow_empty: bool) -> None:
+    if facts.members <= 1 and not allow_empty:
+        raise FinalError(
+            f"{volume.directory} is empty: is it mounted?",
+            next_step="mount it; a volume that may be empty is named in ATHENA_EMPTY_VOLUMES",
         )
+    lost, all_files = len(facts.torn) + len(facts.vanished), facts.files + len(facts.vanished)
+    if lost > torn_limit * max(1, all_files):
+        names = ", ".join([*facts.torn, *facts.vanished][:5])
+        raise FinalError(
+            f"{lost} of {all_files} files changed or vanished while they were read: {names}",
+            next_step="back up when less is written, or raise ATHENA_TORN_LIMIT",
+        )
+
+
+def _facts(archives: Sequence[Members], walk: Walk, lost: Iterable[str]) -> VolumeFacts:
+    """What a restore must find again, over all archives."""
+    return VolumeFacts(
+        members=sum(one.count for one in archives),
+        files=sum(one.files for one in archives),
+        content_bytes=sum(one.content_bytes for one in archives),
+        torn=tuple(path for one in archives for path in one.torn),
+        vanished=(*walk.vanished, *lost),
+        sockets=walk.sockets,
+        other_file_systems=tuple(walk.other_file_systems),
+        alternates=tuple(walk.alternates),
+        uids=tuple(sorted({uid for one in archives for uid in one.uids})),
+        gids=tuple(sorted({gid for one in archives for gid in one.gids})),
+        special_modes=any(one.special_modes for one in archives),
+        devices=sum(one.devices for one in archives),
+        xattr_classes=tuple(sorted({name for one in archives for name in one.xattr_classes})),
+    )

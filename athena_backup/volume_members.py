@@ -49,6 +49,10 @@ class Members:
             else:
                 yield from self._other(entry)
 
+    def folder(self, path: bytes, status: os.stat_result, xattrs: Mapping[str, bytes]) -> bytes:
+        """The bytes of a folder's member, of one that can't be looked at any more."""
+        return self._counted(member_of(path, status, xattrs=xattrs))
+
     def _counted(self, member: Member) -> bytes:
         """The header of a member that is now part of the archive."""
         self.count += 1
@@ -63,11 +67,11 @@ class Members:
         link, xattrs, mode = b"", {}, entry.status.st_mode
         if stat.S_ISDIR(mode):
             # One without a descriptor is a mount point, whose attributes are another file system's.
-            xattrs = _xattrs(entry.opened) if entry.opened is not None else {}
+            xattrs = xattrs_of(entry.opened) if entry.opened is not None else {}
         else:
             try:
                 link = os.readlink(entry.name, dir_fd=entry.folder) if stat.S_ISLNK(mode) else b""
-                xattrs = _xattrs(b"/proc/self/fd/%d/%b" % (entry.folder, entry.name))
+                xattrs = xattrs_of(b"/proc/self/fd/%d/%b" % (entry.folder, entry.name))
             except OSError as error:
                 # EINVAL: something else took the link's place (readlink(2)).
                 if error.errno not in (errno.ENOENT, errno.EINVAL):
@@ -101,7 +105,7 @@ class Members:
             os.close(descriptor)
 
     def _content(self, entry: Entry, descriptor: int) -> Iterator[bytes]:
-        xattrs = _xattrs(descriptor)
+        xattrs = xattrs_of(descriptor)
         for _ in range(_READS):
             before = os.fstat(descriptor)
             if before.st_size > REREAD_LIMIT_BYTES:
@@ -207,7 +211,7 @@ def _segments(descriptor: int, status: os.stat_result) -> _Segments | None:
     return None if segments == [(0, size_bytes)] else segments
 
 
-def _xattrs(where: int | bytes) -> dict[str, bytes]:
+def xattrs_of(where: int | bytes) -> dict[str, bytes]:
     """All extended attributes; none where the file system has none. One that goes meanwhile is left out."""
     follow = isinstance(where, int)
     try:

@@ -7,7 +7,7 @@ that names the entry.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,26 @@ PATH_LIMIT_SEGMENTS = DEPTH_LIMIT + 4
 """Of any path that the walk gives: git's order goes down to `objects/info/commit-graphs/*` without counting."""
 
 
+def open_root(root: Path) -> int:
+    """A descriptor of a volume's root; raises `FinalError` for one that is not there."""
+    try:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FinalError(
+            f"{root} can't be opened: {error.strerror}", next_step="mount it, or correct ATHENA_VOLUMES"
+        ) from None
+
+
+def check_root(root: Path, status: os.stat_result) -> None:
+    """Raise `FinalError` unless the root's path still leads to the directory that had this status when it was opened."""
+    try:
+        now = os.stat(root)
+    except OSError as error:
+        raise FinalError(f"{root} is gone: {error.strerror}", next_step="was it unmounted during the backup?") from None
+    if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
+        raise FinalError(f"{root} became another directory during the backup", next_step="was it mounted over?")
+
+
 @dataclass
 class Walk:
     """A walk over one volume, and what it could not give."""
@@ -47,39 +67,25 @@ class Walk:
     gone_objects: set[bytes] = field(default_factory=set)
     """Objects of the present repository that vanished in the present pass over them."""
     device: int = -1
+    may_enter: Callable[[bytes], bool] = lambda _: True
+    """Whether a folder of that path may be given; one that may not counts as vanished."""
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, root: int | None = None) -> Iterator[Entry]:
         """Every entry below the root, a directory after its content, the root itself (path ``.``) last.
 
-        Raises `FinalError` for a root that is not there or is another one at the end, and for what can't be read.
+        ``root``: a descriptor of the root where it is open already. Raises `FinalError` for a root that is not there or is
+        another one at the end, and for what can't be read.
         """
-        try:
-            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise FinalError(
-                f"{self.root} can't be opened: {error.strerror}", next_step="mount it, or correct ATHENA_VOLUMES"
-            ) from None
+        descriptor = os.dup(root) if root is not None else open_root(self.root)
         try:
             with reading(b"."):
                 status = os.fstat(descriptor)
             self.device = status.st_dev
             yield from self.content(descriptor, b"", 0)
             yield Entry(b".", status, descriptor, descriptor)
-            self._check_root(status)
+            check_root(self.root, status)
         finally:
             os.close(descriptor)
-
-    def _check_root(self, status: os.stat_result) -> None:
-        try:
-            now = os.stat(self.root)
-        except OSError as error:
-            raise FinalError(
-                f"{self.root} is gone: {error.strerror}", next_step="was it unmounted during the backup?"
-            ) from None
-        if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
-            raise FinalError(
-                f"{self.root} became another directory during the backup", next_step="was it mounted over?"
-            )
 
     def content(self, folder: int, path: bytes, depth: int, *, is_passing: bool = False) -> Iterator[Entry]:
         """What lies in an open directory; ``path`` is its own with the closing slash, empty for the root."""
@@ -147,6 +153,8 @@ class Walk:
             try:
                 for _ in range(LOOKS):
                     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    if stat.S_ISDIR(status.st_mode) and not self.may_enter(path):
+                        return None
                     if not stat.S_ISDIR(status.st_mode) or status.st_dev != self.device:
                         return status, None
                     inner = open_quietly(name, DIRECTORY_FLAGS, folder)

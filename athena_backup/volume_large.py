@@ -1,0 +1,321 @@
+"""Large files, which stand in archives of their own: how they are found, shared out, opened, and agreed on with the walk.
+
+They are listed by a quick look over the tree before anything is read, so that several archives can be read at once. The tree
+lives on meanwhile: `Shares` sees to it that each listed path is given once, by its archive or by the walk (`volume_walk`), and
+that the archives together are a tree that a restore takes.
+"""
+
+import contextlib
+import enum
+import heapq
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from athena_backup.volume_entry import (
+    DIRECTORY_FLAGS,
+    GONE,
+    Entry,
+    open_entry,
+    open_quietly,
+    reading,
+    shown,
+)
+from athena_backup.volume_git import is_repository
+from athena_backup.volume_members import xattrs_of
+from athena_backup.volume_walk import DEPTH_LIMIT, STAGING_PREFIX
+
+LARGE_BYTES = 32 << 20
+"""From this size on a file may stand in another archive than its folder."""
+ARCHIVE_BYTES = 1 << 30
+"""An archive of large files is full when it has so many bytes."""
+_ARCHIVES_LIMIT = 64
+_FILES_LIMIT = 20_000
+"""The most files that are listed, about 10 MB of memory; the biggest are, the others stay with their folders."""
+_ENTRY_BYTES = 32 << 10
+"""What an entry of the last archive costs beyond its bytes: in the time for looking at it so many are compressed."""
+
+
+class LargeFile(NamedTuple):
+    """A large file: how many bytes it has on the disk, and its path from the root."""
+
+    size_bytes: int
+    path: bytes
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What stands in the headers of a folder."""
+
+    status: os.stat_result
+    xattrs: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which large files make which archive, and the weight in bytes of everything else, which makes the last."""
+
+    archives: tuple[tuple[LargeFile, ...], ...]
+    rest_bytes: int
+    folders: Mapping[bytes, Folder]
+    """Every folder above a large file but the root, as it was found."""
+
+
+@dataclass
+class _Weight:
+    total_bytes: int = 0
+
+
+def look(root: int, check: Callable[[], None], *, large_bytes: int, archive_bytes: int) -> Layout:
+    """Look over the tree below the open ``root`` and share out its regular files of at least ``large_bytes``.
+
+    Those with several names are left where they are, as are git repositories (whose order says when a file is read). What
+    vanishes meanwhile or can't be read is passed over: the walk meets it again, and tells. ``check`` raises to stop.
+    """
+    weight = _Weight()
+    device = os.fstat(root).st_dev
+    found = heapq.nlargest(_FILES_LIMIT, _large_files(root, b"", 0, device, large_bytes, check, weight))
+    folders: dict[bytes, Folder | None] = {}
+    for file in found:
+        for path in folders_above(file.path):
+            if path not in folders:
+                check()
+                folders[path] = _folder(root, path, device)
+    files = [file for file in found if all(folders[path] is not None for path in folders_above(file.path))]
+    return Layout(
+        archives=_shared_out(files, archive_bytes),
+        rest_bytes=weight.total_bytes - sum(file.size_bytes for file in files),
+        folders={path: folder for path, folder in folders.items() if folder is not None},
+    )
+
+
+def _large_files(
+    folder: int, path: bytes, depth: int, device: int, large_bytes: int, check: Callable[[], None], weight: _Weight
+) -> Iterator[LargeFile]:
+    check()
+    try:
+        with os.scandir(folder) as items:
+            found = list(items)
+    except OSError:
+        return
+    names = {item.name for item in found}
+    if depth > DEPTH_LIMIT or ("HEAD" in names and is_repository(folder, [os.fsencode(name) for name in names])):
+        return
+    for item in found:
+        weight.total_bytes += _ENTRY_BYTES
+        name = os.fsencode(item.name)
+        if not path and name.startswith(STAGING_PREFIX):
+            continue
+        try:
+            if item.is_dir(follow_symlinks=False):
+                inner = open_quietly(name, DIRECTORY_FLAGS, folder)
+            elif item.is_file(follow_symlinks=False):
+                status = item.stat(follow_symlinks=False)
+                size_bytes = min(status.st_size, status.st_blocks * 512)  # without its holes
+                weight.total_bytes += size_bytes
+                if size_bytes >= large_bytes and status.st_nlink == 1 and status.st_dev == device:
+                    yield LargeFile(size_bytes, path + name)
+                continue
+            else:
+                continue
+        except OSError:
+            continue
+        try:
+            if os.fstat(inner).st_dev == device:
+                yield from _large_files(inner, path + name + b"/", depth + 1, device, large_bytes, check, weight)
+        finally:
+            os.close(inner)
+
+
+def _folder(root: int, path: bytes, device: int) -> Folder | None:
+    try:
+        descriptor = _open_folder(root, path, device)
+        if descriptor is None:
+            return None
+        try:
+            return Folder(os.fstat(descriptor), xattrs_of(descriptor))
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+
+
+def _shared_out(files: Sequence[LargeFile], archive_bytes: int) -> tuple[tuple[LargeFile, ...], ...]:
+    """The files, biggest first, as archives of at least ``archive_bytes`` each but the last, and a bounded number of them."""
+    full_bytes = max(archive_bytes, sum(file.size_bytes for file in files) // _ARCHIVES_LIMIT)
+    archives: list[list[LargeFile]] = []
+    room_bytes = 0
+    for file in files:
+        if room_bytes <= 0:
+            archives.append([])
+            room_bytes = full_bytes
+        archives[-1].append(file)
+        room_bytes -= file.size_bytes
+    return tuple(tuple(archive) for archive in archives)
+
+
+def folders_above(path: bytes) -> Iterator[bytes]:
+    """The folders in which a path lies, the innermost first, without the root."""
+    while b"/" in path:
+        path = path.rpartition(b"/")[0]
+        yield path
+
+
+@contextlib.contextmanager
+def open_large(root: int, path: bytes) -> Iterator[Entry | None]:
+    """Open a large file by descriptors from the open ``root``; None if no regular file of this file system is there any more.
+
+    One that was replaced since the look is given as it is now. Raises `FinalError` for one that can't be read.
+    """
+    with reading(path), contextlib.ExitStack() as stack:
+        device = os.fstat(root).st_dev
+        parent, _, name = path.rpartition(b"/")
+        folder = _open_folder(root, parent, device)
+        if folder is None:
+            yield None
+            return
+        stack.callback(os.close, folder)
+        try:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            yield None
+            return
+        is_ours = stat.S_ISREG(status.st_mode) and status.st_dev == device
+        opened = open_entry(Entry(path, status, folder)) if is_ours else None
+        if opened is None:
+            yield None
+            return
+        descriptor, status = opened
+        stack.callback(os.close, descriptor)
+        yield Entry(path, status, folder, descriptor)
+
+
+def _open_folder(root: int, path: bytes, device: int) -> int | None:
+    """A descriptor of a folder, followed through no link; None if there is none any more. Raises `OSError`."""
+    current = os.dup(root)
+    for segment in path.split(b"/") if path else ():
+        try:
+            below = open_quietly(segment, DIRECTORY_FLAGS, current)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return None
+        finally:
+            os.close(current)
+        current = below
+    if os.fstat(current).st_dev != device:
+        os.close(current)
+        return None
+    return current
+
+
+class _State(enum.Enum):
+    """Of a listed path. Archive and walk come by in any order; whoever finds what it can give takes it."""
+
+    WAITING = "neither came by"
+    LEFT = "the walk came by, and left it to its archive"
+    RETURNED = "its archive came by and could not give it, so the walk may"
+    ARCHIVED = "its archive has it"
+    WALKED = "the walk has it"
+    LOST = "gone: nobody has it"
+
+
+class Shares:
+    """Who gives which of the listed paths: its archive or the walk. For any thread.
+
+    No path is given twice, nothing is given below what is no folder, and every folder above a file that is given is given:
+    a restore refuses all three. What nobody could give is told by `lost`.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._states = {file.path: _State.WAITING for archive in layout.archives for file in archive}
+        self._folders = dict(layout.folders)
+        self._given: set[bytes] = set()
+        self._replaced: list[bytes] = []
+        self._listed = frozenset((*self._states, *self._folders))
+        self._lock = threading.Lock()
+
+    def claim(self, path: bytes) -> bool:
+        """Asked by a path's archive just before it gives it: whether it may."""
+        with self._lock:
+            if self._states[path] not in (_State.WAITING, _State.LEFT):
+                return False
+            self._states[path] = _State.ARCHIVED
+            return True
+
+    def give_back(self, path: bytes, *, is_there: bool) -> bool:
+        """Said by a path's archive that found no plain file there; with ``is_there`` one with several names.
+
+        Such a one belongs beside its other names. False: the walk will not come by any more, the archive has to give it.
+        """
+        with self._lock:
+            state = self._states[path]
+            if state is _State.LEFT and is_there:
+                return False
+            if state in (_State.WAITING, _State.LEFT):
+                self._states[path] = _State.RETURNED if state is _State.WAITING else _State.LOST
+            return True
+
+    def may_enter(self, path: bytes) -> bool:
+        """Asked by the walk before it enters a folder: not if a file of that name is in an archive."""
+        if path not in self._listed:
+            return True
+        with self._lock:
+            return path not in self._states or self._is_walks(path, is_plain=False)
+
+    def is_walks(self, entry: Entry) -> bool:
+        """Asked by the walk's archive before it gives an entry: whether it may."""
+        if entry.path not in self._listed:
+            return True
+        with self._lock:
+            if entry.path in self._states:
+                is_plain = stat.S_ISREG(entry.status.st_mode) and entry.status.st_nlink == 1 and not entry.is_object
+                return self._is_walks(entry.path, is_plain=is_plain)
+            if stat.S_ISDIR(entry.status.st_mode):
+                self._given.add(entry.path)
+                return True
+            return self._may_replace(entry.path)
+
+    def _is_walks(self, path: bytes, *, is_plain: bool) -> bool:
+        state = self._states[path]
+        if state is _State.WAITING and is_plain:
+            self._states[path] = _State.LEFT
+        elif state in (_State.WAITING, _State.RETURNED):
+            self._states[path] = _State.WALKED
+        return self._states[path] is _State.WALKED
+
+    def _may_replace(self, folder: bytes) -> bool:
+        """Whether what was a folder may be given as what it is now: not if a file that was in it is in an archive."""
+        below = [path for path in self._states if path.startswith(folder + b"/")]
+        if any(self._states[path] not in (_State.WAITING, _State.RETURNED) for path in below):
+            self._replaced.append(folder)
+            return False
+        self._states |= dict.fromkeys(below, _State.LOST)
+        return True
+
+    def end_walk(self) -> list[tuple[bytes, Folder]]:
+        """Said by the walk when only the root is left; returns the folders that it still has to give: they are gone."""
+        with self._lock:
+            for path, state in self._states.items():
+                if state is _State.WAITING:
+                    self._states[path] = _State.LEFT
+                elif state is _State.RETURNED:
+                    self._states[path] = _State.LOST
+            needed = {
+                folder
+                for path, state in self._states.items()
+                if state is not _State.LOST
+                for folder in folders_above(path)
+            }
+            missing = sorted(needed - self._given, key=lambda path: path.count(b"/"), reverse=True)
+            return [(path, self._folders[path]) for path in missing]
+
+    def lost(self) -> list[str]:
+        """The paths that nobody has, when all archives are written."""
+        nobodys = [path for path, state in self._states.items() if state not in (_State.ARCHIVED, _State.WALKED)]
+        return [shown(path) for path in (*nobodys, *self._replaced)]
