@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from athena_backup.backup import Expected, close_set, put_component
-from athena_backup.manifest import INSTRUCTIONS, Manifest, Stream, component_folder
-from athena_backup.names import SetId, new_attempt
+from athena_backup.manifest import INSTRUCTIONS, Manifest
+from athena_backup.names import SetId
 from athena_backup.operation import Operation
-from athena_backup.pipeline import Source, read_stream, write_stream
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
@@ -24,8 +23,7 @@ from athena_backup.postgres.sessions import Database, quoted, run_sql, session
 from athena_backup.store import read_document
 from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
-from athena_backup.volume_pax import DIRECTORY, END
-from athena_backup.volume_read import _Archive, verify_volume
+from athena_backup.volume_read import verify_volume
 
 SET = SetId.parse("app/2023-02-02t16-00-00", "app")
 NOW = datetime(2023, 2, 2, 16, tzinfo=UTC)
@@ -86,35 +84,24 @@ def test_a_volume_of_three_archives_of_three_parts_each_is_restored_by_restore_m
     for number in range(3):
         (root / f"folder-{number}" / "inner").mkdir(parents=True)
         (root / f"folder-{number}" / "large").write_bytes(os.urandom(2 << 20))
-        os.link(
-            root / f"folder-{number}" / "large", root / f"folder-{number}" / "inner" / "name with\nodd ä\udcff'\"$x"
-        )
+        (root / f"folder-{number}" / "inner" / "small").write_bytes(os.urandom(700_000))
         (root / f"folder-{number}" / "link").symlink_to("../nowhere")
         os.chown(root / f"folder-{number}" / "large", 1234, 2_500_000)
         (root / f"folder-{number}" / "large").chmod(0o4750)
         os.setxattr(root / f"folder-{number}" / "inner", "user.a", b"\0\xff")
         os.utime(root / f"folder-{number}" / "inner", ns=(1, 1_600_000_000_123_456_789))
         os.utime(root / f"folder-{number}", ns=(1, 1_500_000_000_000_000_001 + number))
+    # All names of one inode, however large, stand in the last archive.
+    os.link(root / "folder-2" / "large", root / "folder-0" / "inner" / "name with\nodd ä\udcff'\"$x")
+    os.utime(root / "folder-0" / "inner", ns=(1, 1_600_000_000_123_456_789))
     root.chmod(0o2755)
     os.utime(root, ns=(1, 1_400_000_000_000_000_009))
-    whole = write_volume(Volume("gitserver", root), local_store, SET, "run", Operation())
-    raw = b"".join(read_stream("gitserver", whole.parts, local_store, Operation()))
-    # The writer makes one archive; cut at the folders' ends it is what the format allows: several, directories in the last.
-    attempt = new_attempt()
-    folder = component_folder(SET, "volume", "gitserver", attempt)
-    pieces = cut_at_folders(raw)
-    assert len(pieces) == 3
-    streams = []
-    for number, piece in enumerate(pieces):
-        name = f"{number:04}.tar.zst"
-        chunks = [piece[start : start + 50_000] for start in range(0, len(piece), 50_000)]
-        parts = write_stream(
-            Source("gitserver", lambda _, chunks=chunks: iter(chunks)), local_store,  # type: ignore[misc]
-            lambda part, name=name: f"{folder}{name}.{part:04}", Operation(), part_limit_bytes=600_000,  # type: ignore[misc]
-        )  # fmt: skip
-        assert len(parts) >= 3
-        streams.append(Stream(name=name, parts=parts))
-    component = whole.model_copy(update={"attempt": attempt, "streams": tuple(streams), "ended": datetime.now(UTC)})
+    component = write_volume(
+        Volume("gitserver", root), local_store, SET, "run", Operation(),
+        large_bytes=1 << 20, archive_bytes=1, part_limit_bytes=600_000,
+    )  # fmt: skip
+    assert len(component.streams) == 3
+    assert all(len(stream.parts) >= 3 for stream in component.streams)
     verify_volume(component, local_store, Operation())
     put_component(local_store, SET, component)
     outcome = close_set(local_store, SET, [Expected("gitserver", "volume")], [], run_id="run", began=NOW)
@@ -123,24 +110,6 @@ def test_a_volume_of_three_archives_of_three_parts_each_is_restored_by_restore_m
     target.mkdir()
     followed(local_store, tools, {}, {"gitserver": target})
     assert seen(target) == seen(root)
-
-
-def cut_at_folders(raw: bytes) -> list[bytes]:
-    """One archive as three: each folder's files in one of their own, all directories in the last."""
-    pieces, folders, position = [b"", b"", b""], b"", 0
-    reader = _Archive(iter([raw]))
-    for member in reader.members():
-        before = position
-        for _ in reader.content(member):
-            pass
-        position = len(raw) - len(reader._chunk)
-        blocks = raw[before:position]
-        if member.type == DIRECTORY:
-            folders += blocks
-        else:
-            pieces[int(member.name.split(b"/")[0][-1:])] += blocks
-    pieces[-1] += folders
-    return [piece + END for piece in pieces]
 
 
 @pytest.mark.parametrize("sizes", [{}, {"bulk_bytes": 0, "range_bytes": 500_000}], ids=["dump", "rows-apart"])
