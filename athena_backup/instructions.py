@@ -142,8 +142,8 @@ def _volume(manifest: Manifest, component: Component) -> str:
 ```bash
 target=/the/directory/of/{component.name}   # change this
 for archive in {archives}; do
-  cat "$archive".* | zstd -dc | tar -x -p --numeric-owner --same-owner --acls --selinux --warning=no-unknown-keyword \\
-    --xattrs --xattrs-include='*' -C "$target"
+  cat "$archive".* | zstd -dc | tar -x -p --numeric-owner --same-owner --acls --selinux --delay-directory-restore \\
+    --warning=no-unknown-keyword --xattrs --xattrs-include='*' -C "$target"
 done
 ```
 """

@@ -83,22 +83,23 @@ def test_a_volume_of_three_archives_of_three_parts_each_is_restored_by_restore_m
     root = tmp_path / "volume"
     for number in range(3):
         (root / f"folder-{number}" / "inner").mkdir(parents=True)
-        (root / f"folder-{number}" / "large").write_bytes(os.urandom(2 << 20))
-        (root / f"folder-{number}" / "inner" / "small").write_bytes(os.urandom(700_000))
+        for large in range(3):
+            place = root / f"folder-{number}" / f"large-{large}"
+            place.write_bytes(os.urandom(1 << 20))
+            os.chown(place, 1234, 2_500_000)
+            place.chmod(0o4750)
+            if number == 2:  # all names of one inode, however large, stand in the last archive
+                os.link(place, root / f"folder-{large}" / "inner" / "name with\nodd ä\udcff'\"$x")
         (root / f"folder-{number}" / "link").symlink_to("../nowhere")
-        os.chown(root / f"folder-{number}" / "large", 1234, 2_500_000)
-        (root / f"folder-{number}" / "large").chmod(0o4750)
+    for number in range(3):
         os.setxattr(root / f"folder-{number}" / "inner", "user.a", b"\0\xff")
         os.utime(root / f"folder-{number}" / "inner", ns=(1, 1_600_000_000_123_456_789))
         os.utime(root / f"folder-{number}", ns=(1, 1_500_000_000_000_000_001 + number))
-    # All names of one inode, however large, stand in the last archive.
-    os.link(root / "folder-2" / "large", root / "folder-0" / "inner" / "name with\nodd ä\udcff'\"$x")
-    os.utime(root / "folder-0" / "inner", ns=(1, 1_600_000_000_123_456_789))
     root.chmod(0o2755)
     os.utime(root, ns=(1, 1_400_000_000_000_000_009))
     component = write_volume(
         Volume("gitserver", root), local_store, SET, "run", Operation(),
-        large_bytes=1 << 20, archive_bytes=1, part_limit_bytes=600_000,
+        large_bytes=1 << 20, archive_bytes=3 << 20, part_limit_bytes=600_000,
     )  # fmt: skip
     assert len(component.streams) == 3
     assert all(len(stream.parts) >= 3 for stream in component.streams)
