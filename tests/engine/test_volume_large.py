@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tree_picture import picture
 
-from athena_backup import volume_archive
-from athena_backup.crew import Crew
+from athena_backup import volume_archive, volume_large
+from athena_backup.crew import Crew, Unit
 from athena_backup.errors import CancelledError, FinalError, FullError
 from athena_backup.manifest import Component, VolumeFacts
 from athena_backup.names import SetId, Timestamp
@@ -189,6 +189,33 @@ def test_two_archives_are_written_at_the_same_time_the_biggest_first(root: Path,
     assert names(component, store) == [["y"], ["z"], ["x"], ["."]]
 
 
+def test_a_table_goes_before_any_archive_that_is_not_begun(root: Path, local_store: LocalStore) -> None:
+    for letter in "xyz":
+        large(root / letter)
+    crew = Crew(1)
+    order: list[str] = []
+    tables: list[threading.Thread] = []
+
+    class Queueing(LocalStore):
+        def write(self, key: str, chunks: Iterable[bytes]) -> StoreEntry:
+            order.append(key.rpartition("/")[2])
+            if not tables:
+                table = Unit(1, lambda _: order.append("table"))
+                tables.append(threading.Thread(target=lambda: crew.run([table])))
+                tables[0].start()
+                while not any(one.unit is table for one in crew._waiting):
+                    threading.Event().wait(0.001)
+            return super().write(key, chunks)
+
+    store = Queueing(local_store.location.place)
+    write_volume(
+        Volume("v", root), store, SET_ID, "run", Operation(), crew=crew, large_bytes=LARGE_BYTES, archive_bytes=1
+    )
+    tables[0].join(20)
+    assert order.index("table") == 1
+    assert len(order) == 5
+
+
 @WALK_FIRST
 class TestBetweenLookAndRead:
     """What happens to a listed path after the look, whoever comes by first."""
@@ -285,6 +312,9 @@ class TestBetweenLookAndRead:
         assert facts(component).vanished == ("folder/sub/big",)
         target = restored(component, local_store, tmp_path / "new")
         assert (target / "moved" / "sub" / "big").stat().st_size == LARGE_BYTES
+        # The walk may have left it to its archive, which finds nothing: then its folders are there, and empty.
+        assert [path.name for path in target.rglob("*") if path.is_file()] == ["big"]
+        assert (target / "folder").exists() == walk_first
 
     @pytest.mark.parametrize("kind", ["file", "link"])
     def test_in_a_folder_that_became_something_else(
@@ -321,6 +351,8 @@ class TestBetweenLookAndRead:
         (root / "r.git" / "HEAD").touch()
         self.after(monkeypatch, (root / "r.git" / "refs").mkdir, walk_first=walk_first)
         component = back_up(root, local_store, torn_limit=0)
+        firsts = [name for archive in names(component, local_store)[:-1] for name in archive]
+        assert bool(firsts) != walk_first, "what is not read yet is read in git's order"
         assert picture(restored(component, local_store, tmp_path / "new")) == picture(root)
 
 
@@ -482,7 +514,7 @@ def test_the_look_enters_no_other_file_system(root: Path) -> None:
         "from athena_backup.volume_large import look\n"
         "open(sys.argv[1] + '/inner/there', 'wb').write(b'x' * 100_000)\n"
         "layout = look(os.open(sys.argv[1], os.O_RDONLY), lambda: None, large_bytes=1, archive_bytes=1)\n"
-        "print([file.path for archive in layout.archives for file in archive])\n"
+        "print([file.path for archive in layout.archives for file in archive], layout.rest_bytes)\n"
     )
     command = f'mount -t tmpfs none "{root}/inner" && exec "{sys.executable}" -c "$SCRIPT" "{root}"'
     ended = subprocess.run(
@@ -490,7 +522,7 @@ def test_the_look_enters_no_other_file_system(root: Path) -> None:
     )
     if "mount" in ended.stderr:
         pytest.skip(f"no mounting here: {ended.stderr}")
-    assert ended.stdout == "[b'here']\n", ended.stderr
+    assert ended.stdout == f"[b'here'] {2 * volume_large._ENTRY_BYTES}\n", ended.stderr
 
 
 def test_the_look_leaves_git_repositories_to_their_order(root: Path, local_store: LocalStore) -> None:
