@@ -1,7 +1,8 @@
 """The one budget of an operation: so many units of work at once, the biggest first, whichever component they belong to.
 
 Every component hands its units (a dump, a range of a table, an archive) to the same crew and waits for them. So a last big
-table is not read alone while nine others wait for nobody, and five databases don't start five times as many connections.
+table is not read alone while nine others wait for nobody, and five databases don't start five times as many connections. What
+holds nothing back at a server, the archives of volumes, ranks behind everything that does.
 """
 
 import contextvars

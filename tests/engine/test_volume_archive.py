@@ -1,4 +1,4 @@
-"""A volume comes back from its archive exactly as it was, by our reader and by GNU tar alike; and its promises are kept."""
+"""A volume comes back from its archives exactly as it was, by our reader and by GNU tar alike; and its promises are kept."""
 
 import contextlib
 import hashlib
