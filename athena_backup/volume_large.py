@@ -96,31 +96,29 @@ def _large_files(
     folder: int, path: bytes, depth: int, device: int, large_bytes: int, check: Callable[[], None], weight: _Weight
 ) -> Iterator[LargeFile]:
     check()
-    try:
-        with os.scandir(folder) as items:
-            found = list(items)
-    except OSError:
+    if depth > DEPTH_LIMIT:
         return
-    names = {item.name for item in found}
-    if depth > DEPTH_LIMIT or ("HEAD" in names and is_repository(folder, [os.fsencode(name) for name in names])):
+    if _is_repository(folder):
+        weight.total_bytes += _packs_bytes(folder, device)
         return
-    for item in found:
-        weight.total_bytes += _ENTRY_BYTES
-        name = os.fsencode(item.name)
-        if not path and name.startswith(STAGING_PREFIX):
-            continue
-        try:
+    folders = []
+    # Entry by entry: a folder may have a million of them.
+    with contextlib.suppress(OSError), os.scandir(folder) as items:
+        for item in items:
+            weight.total_bytes += _ENTRY_BYTES
+            name = os.fsencode(item.name)
+            if not path and name.startswith(STAGING_PREFIX):
+                continue
             if item.is_dir(follow_symlinks=False):
-                inner = open_quietly(name, DIRECTORY_FLAGS, folder)
-            elif item.is_file(follow_symlinks=False):
-                status = item.stat(follow_symlinks=False)
-                size_bytes = min(status.st_size, status.st_blocks * 512)  # without its holes
+                folders.append(name)
+            elif item.is_file(follow_symlinks=False) and (status := _status(item)) is not None:
+                size_bytes = _stored_bytes(status)
                 weight.total_bytes += size_bytes
                 if size_bytes >= large_bytes and status.st_nlink == 1 and status.st_dev == device:
                     yield LargeFile(size_bytes, path + name)
-                continue
-            else:
-                continue
+    for name in folders:
+        try:
+            inner = open_quietly(name, DIRECTORY_FLAGS, folder)
         except OSError:
             continue
         try:
@@ -128,6 +126,47 @@ def _large_files(
                 yield from _large_files(inner, path + name + b"/", depth + 1, device, large_bytes, check, weight)
         finally:
             os.close(inner)
+
+
+def _status(item: "os.DirEntry[str]") -> os.stat_result | None:
+    try:
+        return item.stat(follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _stored_bytes(status: os.stat_result) -> int:
+    """A file's size without its holes."""
+    return min(status.st_size, status.st_blocks * 512)
+
+
+def _is_repository(folder: int) -> bool:
+    if not _exists(b"HEAD", folder):
+        return False
+    return is_repository(
+        folder, [b"HEAD", *(name for name in (b"objects", b"refs", b"reftable") if _exists(name, folder))]
+    )
+
+
+def _exists(name: bytes, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _packs_bytes(repository: int, device: int) -> int:
+    """The size of a repository's packs, which are nearly all of a large one."""
+    with contextlib.suppress(OSError):
+        packs = _open_folder(repository, b"objects/pack", device)
+        if packs is not None:
+            try:
+                with os.scandir(packs) as items:
+                    return sum(_stored_bytes(status) for item in items if (status := _status(item)) is not None)
+            finally:
+                os.close(packs)
+    return 0
 
 
 def _folder(root: int, path: bytes, device: int) -> Folder | None:

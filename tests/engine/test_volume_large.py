@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -540,16 +541,15 @@ def test_the_look_leaves_git_repositories_to_their_order(root: Path, local_store
 def test_the_look_passes_over_what_vanishes_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/big", "b/big", "c"):
         large(root / name)
-    real = os.scandir
+    real = volume_large._status
 
-    def scanning(folder: int) -> object:
-        found = list(real(folder))
-        if any(item.name == "c" for item in found):
+    def looking(item: "os.DirEntry[str]") -> os.stat_result | None:
+        if item.name == "c":
             shutil.rmtree(root / "a")
             (root / "c").unlink()
-        return Items(found)
+        return real(item)
 
-    monkeypatch.setattr(os, "scandir", scanning)
+    monkeypatch.setattr(volume_large, "_status", looking)
     descriptor = os.open(root, os.O_RDONLY)
     try:
         layout = look(descriptor, lambda: None, large_bytes=LARGE_BYTES, archive_bytes=1)
@@ -559,14 +559,23 @@ def test_the_look_passes_over_what_vanishes_meanwhile(root: Path, monkeypatch: p
     assert layout.folders.keys() == {b"b"}
 
 
-class Items(list):  # type: ignore[type-arg]
-    """What `os.scandir` returns is closed by leaving its block."""
-
-    def __enter__(self) -> "Items":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+def test_the_look_weighs_packs_and_needs_no_memory_for_the_entries_of_a_folder(root: Path) -> None:
+    for name in ("project.git/objects/pack/pack-1.pack", "small"):
+        large(root / name, size_bytes=LARGE_BYTES - 4096)
+    (root / "project.git" / "refs").mkdir()
+    (root / "project.git" / "HEAD").touch()
+    for number in range(3_000):
+        (root / f"{number:0200}").touch()
+    descriptor = os.open(root, os.O_RDONLY)
+    tracemalloc.start()
+    try:
+        layout = look(descriptor, lambda: None, large_bytes=LARGE_BYTES, archive_bytes=1)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        os.close(descriptor)
+    assert layout.rest_bytes == 3_002 * volume_large._ENTRY_BYTES + 2 * (LARGE_BYTES - 4096)
+    assert peak_bytes < 300_000
 
 
 def test_archives_are_full_before_the_next_begins_and_their_number_is_bounded() -> None:
