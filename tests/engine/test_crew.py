@@ -127,6 +127,34 @@ def test_one_that_can_use_more_takes_what_became_free_and_gives_it_back_to_those
     assert crew._free == 3
 
 
+def test_one_that_gave_its_slots_back_takes_none_and_a_second_one_keeps_one() -> None:
+    crew, other = Crew(3), Gauge()
+    free: list[int] = []
+
+    def wait_for_a_store(turn: Turn) -> None:
+        turn.give_back()
+        assert turn.slots_now() == 1
+        free.append(crew._free)
+        crew_is_left.set()
+        assert other.opened.wait(20)
+
+    def work(turn: Turn) -> None:
+        assert turn.slots == 3
+        turn.give_back()
+        free.append(crew._free)
+        assert turn.slots_now() == 2
+        free.append(crew._free)
+        other.opened.set()
+
+    crew_is_left = threading.Event()
+    thread = in_thread(lambda: crew.run([Unit(1, wait_for_a_store, is_elastic=True)]))
+    assert crew_is_left.wait(20)
+    crew.run([Unit(1, work, is_elastic=True)])
+    thread.join(20)
+    assert free == [3, 2, 1]
+    assert (crew._free, crew._without_slot) == (3, 0)
+
+
 def test_one_that_can_not_use_more_keeps_its_slot() -> None:
     assert Crew(3).run([Unit(1, lambda turn: [turn.slots_now(), turn.slots_now()])]) == [[1, 1]]
 
