@@ -28,13 +28,16 @@ FRAME_BYTES = 4 << 20
 """Of raw bytes in a zstd frame: eight windows of this level, so that little is lost at its borders (1 MiB cost 6 %)."""
 THREADS_LIMIT = 64
 """The most threads that compress one stream."""
+_AHEAD_BYTES = 4 << 20
 _GRACE_SECONDS = 5.0
 _Result = TypeVar("_Result")
 
 # zstandard's decompressor has no bound on what one call returns, and a run of equal bytes expands up to 32,768 times
 # (4 bytes for a block of 128 KiB, RFC 8878 section 3.1.1.2): slices this small keep one call at 32 MiB. With 4 KiB two
-# restores side by side of files full of zeros took 550 MB; smaller ones than this cost more time than they save memory.
+# restores side by side of files full of zeros took 550 MB; smaller ones than this cost more time than they save memory. A frame
+# that says how little it holds may come in larger slices: a call ends with its frame, and one that lies is bounded still.
 _SLICE_BYTES = 1_024
+_LARGE_SLICE_BYTES = 4_096
 PIECE_LIMIT_BYTES = _SLICE_BYTES << 15
 """The largest piece that `read_part` hands out."""
 # Above the window of every level that we write; a hostile frame could otherwise ask for gigabytes (RFC 8878, 3.1.1.1.2).
@@ -236,18 +239,21 @@ def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes
     context = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
     frame = context.decompressobj()
     begun = False
+    slice_bytes = _SLICE_BYTES
     try:
         for chunk in store.read(part.key):
             operation.check()
             digest.update(chunk)
             size_bytes += len(chunk)
-            for start in range(0, len(chunk), _SLICE_BYTES):
+            start = 0
+            while start < len(chunk):
                 operation.check()
-                rest = chunk[start : start + _SLICE_BYTES]
+                rest = chunk[start : start + slice_bytes]
+                start += len(rest)
                 while rest:
-                    if frame.eof:
-                        frame = context.decompressobj()
-                    begun = True
+                    if frame.eof or not begun:
+                        frame, begun = context.decompressobj(), True
+                        slice_bytes = _slice_bytes(rest)
                     raw = frame.decompress(rest)
                     rest = frame.unused_data if frame.eof else b""
                     raw_size_bytes += len(raw)
@@ -269,6 +275,15 @@ def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes
         raise _damaged(part, f"it holds {raw_size_bytes} bytes, the manifest promises {part.raw_size_bytes}")
 
 
+def _slice_bytes(head: bytes) -> int:
+    """In what slices a frame that begins so is decompressed."""
+    try:
+        content_bytes = zstandard.frame_content_size(head)
+    except zstandard.ZstdError:  # the slice ends within the frame's header, or it is none
+        return _SLICE_BYTES
+    return _LARGE_SLICE_BYTES if 0 <= content_bytes <= PIECE_LIMIT_BYTES else _SLICE_BYTES
+
+
 def read_stream(component: str, parts: Sequence[Part], store: Store, operation: Operation) -> Iterator[bytes]:
     """The raw bytes of all parts in order, counted as the component's progress; raises like `read_part`."""
     if not parts:
@@ -279,6 +294,59 @@ def read_stream(component: str, parts: Sequence[Part], store: Store, operation: 
         for raw in read_part(part, store, operation):
             operation.advance(component, len(raw))
             yield raw
+
+
+def read_ahead(pieces: Iterator[bytes], limit_bytes: int = _AHEAD_BYTES) -> Generator[bytes, None, None]:
+    """The same pieces, read by a thread of its own that is ``limit_bytes`` ahead of who uses them, or one piece more.
+
+    While a server takes some, the next are read and decompressed. Raises what reading them raises, behind those before it.
+    """
+    waiting: deque[bytes] = deque()
+    errors: list[BaseException] = []
+    changed = threading.Condition()
+    waiting_bytes = 0
+    has_ended, is_wanted = False, True
+
+    def may_go_on() -> bool:
+        return waiting_bytes < limit_bytes or not is_wanted
+
+    def run() -> None:
+        nonlocal waiting_bytes, has_ended
+        try:
+            for piece in pieces:
+                with changed:
+                    changed.wait_for(may_go_on)
+                    if not is_wanted:
+                        break
+                    waiting.append(piece)
+                    waiting_bytes += len(piece)
+                    changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that uses the pieces
+            errors.append(error)
+        finally:
+            with changed:
+                has_ended = True
+                changed.notify_all()
+
+    thread = threading.Thread(target=run, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            with changed:
+                changed.wait_for(lambda: waiting or has_ended)
+                if not waiting:
+                    break
+                piece = waiting.popleft()
+                waiting_bytes -= len(piece)
+                changed.notify_all()
+            yield piece
+        if errors:
+            raise errors[0]
+    finally:
+        with changed:
+            is_wanted = False
+            changed.notify_all()
+        thread.join(_GRACE_SECONDS)
 
 
 def _damaged(part: Part, what: str) -> DamagedError:

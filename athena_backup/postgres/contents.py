@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Number, catalog and OID of the entry, then its kind; behind an entry stands what it depends on.
@@ -14,6 +14,7 @@ _LINE = re.compile(rb"^(?P<number>\d+); (?P<catalog>\d+) (?P<oid>\d+) (?P<rest>.
 _RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
 _PG_CLASS, _PG_CONSTRAINT, _PG_STATISTIC_EXT = 1259, 2606, 3381
 _TABLE, _INDEX, _CONSTRAINT, _STATISTICS = b"TABLE ", b"INDEX ", b"CONSTRAINT ", b"STATISTICS "
+_FOREIGN_KEY = b"FK CONSTRAINT "
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,21 @@ class TableEntries:
     exclusive: tuple[bytes, ...]
     """Keys and other constraints with an index of their own: each locks the table for itself."""
 
-    def __bool__(self) -> bool:
-        return bool(self.shared or self.exclusive)
-
     @property
-    def lines(self) -> frozenset[bytes]:
+    def lines(self) -> tuple[bytes, ...]:
         """All of them."""
-        return frozenset([*self.shared, *self.exclusive])
+        return (*self.shared, *self.exclusive)
+
+
+@dataclass(frozen=True)
+class ForeignKey:
+    """A foreign key, which needs the rows of its tables and the keys that it refers to."""
+
+    line: bytes
+    tables: frozenset[int]
+    """OIDs in the dump."""
+    needs: frozenset[bytes]
+    """Other entries of the same list."""
 
 
 def lines_of(listing: bytes) -> list[bytes]:
@@ -44,39 +53,64 @@ def are_rights(line: bytes) -> bool:
     return _RIGHTS.match(line) is not None
 
 
-def entries_of_tables(verbose: bytes, post_data: Sequence[bytes], tables: Collection[int]) -> dict[int, TableEntries]:
-    """What of ``post_data`` needs nothing but the rows of one of ``tables`` (OIDs in the dump), by table.
+class Contents:
+    """What is in a dump behind its data, and what it depends on."""
 
-    ``verbose`` is the whole list of contents, with dependencies. An entry that needs a second table, or another entry of
-    ``post_data``, is not among them.
-    """
-    tables_by_number: dict[int, int] = {}
-    kinds: dict[int, tuple[int, bytes]] = {}
-    needs: dict[int, set[int]] = {}
-    number = -1
-    for line in verbose.splitlines():
-        found = _LINE.match(line)
-        if found is None:
-            continue
-        if found["needs"] is not None:
-            needs[number] = set(map(int, found["needs"].split()))
-            continue
-        number, catalog = int(found["number"]), int(found["catalog"])
-        kinds[number] = (catalog, found["rest"])
-        if catalog == _PG_CLASS and found["rest"].startswith(_TABLE):
-            tables_by_number[number] = int(found["oid"])
-    late = {int(line.partition(b";")[0]): line for line in post_data}
-    shared: dict[int, list[bytes]] = {}
-    exclusive: dict[int, list[bytes]] = {}
-    for number, line in late.items():
-        owners = {tables_by_number[one] for one in needs.get(number, ()) if one in tables_by_number}
-        if len(owners) != 1 or not owners <= set(tables) or needs[number] & late.keys():
-            continue
-        catalog, rest = kinds[number]
-        if (catalog == _PG_CLASS and rest.startswith(_INDEX)) or (
-            catalog == _PG_STATISTIC_EXT and rest.startswith(_STATISTICS)
-        ):
-            shared.setdefault(owners.pop(), []).append(line)
-        elif catalog == _PG_CONSTRAINT and rest.startswith(_CONSTRAINT):
-            exclusive.setdefault(owners.pop(), []).append(line)
-    return {oid: TableEntries(tuple(shared.get(oid, ())), tuple(exclusive.get(oid, ()))) for oid in tables}
+    def __init__(self, verbose: bytes, post_data: Sequence[bytes]) -> None:
+        """``verbose``: the whole list of contents with its dependencies; ``post_data``: the lines of that section."""
+        self._tables: dict[int, int] = {}
+        self._kinds: dict[int, tuple[int, bytes]] = {}
+        self._needs: dict[int, set[int]] = {}
+        self._late = {int(line.partition(b";")[0]): line for line in post_data}
+        number = -1
+        for line in verbose.splitlines():
+            found = _LINE.match(line)
+            if found is None:
+                continue
+            if found["needs"] is not None:
+                self._needs[number] = set(map(int, found["needs"].split()))
+                continue
+            number, catalog = int(found["number"]), int(found["catalog"])
+            self._kinds[number] = (catalog, found["rest"])
+            if catalog == _PG_CLASS and found["rest"].startswith(_TABLE):
+                self._tables[number] = int(found["oid"])
+
+    def of_tables(self) -> dict[int, TableEntries]:
+        """What needs nothing but the rows of one table, by the OID that the table has in the dump.
+
+        An entry that needs a second table, or another entry behind the data, is not among them.
+        """
+        shared: dict[int, list[bytes]] = {}
+        exclusive: dict[int, list[bytes]] = {}
+        for number, line in self._late.items():
+            owners = self._owners(number)
+            if len(owners) != 1 or self._needs[number] & self._late.keys():
+                continue
+            [owner] = owners
+            if self._is(number, _PG_CLASS, _INDEX) or self._is(number, _PG_STATISTIC_EXT, _STATISTICS):
+                shared.setdefault(owner, []).append(line)
+            elif self._is(number, _PG_CONSTRAINT, _CONSTRAINT):
+                exclusive.setdefault(owner, []).append(line)
+        return {
+            oid: TableEntries(tuple(shared.get(oid, ())), tuple(exclusive.get(oid, ())))
+            for oid in dict.fromkeys([*shared, *exclusive])
+        }
+
+    def foreign_keys(self) -> list[ForeignKey]:
+        """The foreign keys of ordinary tables, in the list's order."""
+        return [
+            ForeignKey(
+                line,
+                self._owners(number),
+                frozenset(self._late[one] for one in self._needs[number] & self._late.keys()),
+            )
+            for number, line in self._late.items()
+            if self._is(number, _PG_CONSTRAINT, _FOREIGN_KEY) and self._owners(number)
+        ]
+
+    def _owners(self, number: int) -> frozenset[int]:
+        return frozenset(self._tables[one] for one in self._needs.get(number, ()) if one in self._tables)
+
+    def _is(self, number: int, catalog: int, kind: bytes) -> bool:
+        found = self._kinds.get(number)
+        return found is not None and found[0] == catalog and found[1].startswith(kind)

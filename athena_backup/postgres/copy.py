@@ -19,13 +19,13 @@ from typing import Any, Literal
 from urllib.parse import urlencode
 
 import asyncpg
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Connection, text
 
 from athena_backup.crew import Turn
 from athena_backup.errors import AthenaError, DamagedError, FinalError, FullError, PassingError, UnavailableError
 from athena_backup.manifest import Stream, TableData
 from athena_backup.operation import LOOK_SECONDS, Operation
-from athena_backup.pipeline import FRAME_BYTES, read_stream
+from athena_backup.pipeline import FRAME_BYTES, read_ahead, read_stream
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
 from athena_backup.postgres.order import order_dependent_tables, rerouted_partitions
 from athena_backup.postgres.sessions import (
@@ -62,6 +62,8 @@ _LOCKED_LIMIT = 64
 # of EUC_TW are not read in that encoding.
 _ESCAPES_SINCE = 130_000
 _PIECE_BYTES = 256 << 10
+# Written pages go to the disk while there is time, not all at once when the replaced database is dropped (a checkpoint).
+LOADING_SETTINGS = {"synchronous_commit": "off", "backend_flush_after": "256"}
 _STREAM_NAME = re.compile(r"tables/(\d+)\.")
 logger = logging.getLogger("athena_backup.postgres")
 
@@ -607,8 +609,8 @@ async def _done_or_later(working: "asyncio.Task[Any]") -> None:
 
 
 def _sliced(block: bytes) -> Iterator[bytes]:
-    """A block in pieces of a frame at most: a row of hundreds of megabytes comes in one, and is not to be held several times."""
-    if len(block) <= FRAME_BYTES:
+    """A block, in pieces of a frame if it is far larger: a row of hundreds of megabytes is not to be held several times."""
+    if len(block) <= 2 * FRAME_BYTES:
         if block:
             yield block
         return
@@ -634,42 +636,61 @@ def count_rows(sessions: CopySessions, table: BulkTable, operation: Operation, t
         return one.count(table)
 
 
-def load_range(
-    component: str, stream: Stream, target: Database, store: Store, operation: Operation, turn: Turn, *, is_alone: bool
+def load_ranges(
+    component: str,
+    streams: Sequence[Stream],
+    target: Database,
+    store: Store,
+    operation: Operation,
+    turn: Turn,
+    *,
+    are_all: bool,
 ) -> None:
-    """Load one stream of COPY's bytes into the staged table; ``is_alone`` says that it is the table's only one.
+    """Load some of a staged table's streams, one after the other, in one transaction; ``are_all`` says that it has no others.
 
-    A table of one stream is emptied first in the same transaction, so that its rows can be written as frozen. Raises
-    `DamagedError` for other bytes or another number of rows than the manifest promises, and the driver's errors translated.
+    A table that is loaded so is emptied first, so that its rows can be written as frozen: nothing has to be written a second
+    time when somebody first reads them (COPY, FREEZE). Raises `DamagedError` for other bytes or another number of rows than the
+    manifest promises, and the driver's errors translated.
     """
-    data = stream.table
-    if data is None:
-        raise FinalError(f"{stream.name} holds no table's rows")
-    table = f"{quoted(data.schema_name)}.{quoted(data.name)}"
-    statement = copy_statement(data, *(["FREEZE"] if is_alone else []))
-    with session(target.url, {"synchronous_commit": "off"}) as connection, cancelled_with(connection, operation):
+    with session(target.url, LOADING_SETTINGS) as connection, cancelled_with(connection, operation):
         run_sql(connection, "BEGIN")
-        if is_alone:
-            run_sql(connection, f"TRUNCATE ONLY {table}")
-        driver = driver_of(connection)
-        with driver.cursor() as cursor:
-            with cursor.copy(statement.encode(driver.info.encoding)) as copy:
-                for piece in _gathered(read_stream(component, stream.parts, store, operation)):
-                    turn.check()
-                    copy.write(piece)
-            rows = cursor.rowcount
-        if rows != data.rows:
-            raise DamagedError(
-                f"{table} got {rows} rows from {stream.name}, the manifest promises {data.rows}", step="loading"
-            )
+        for number, stream in enumerate(streams):
+            data = stream.table
+            if data is None:
+                raise FinalError(f"{stream.name} holds no table's rows")
+            if are_all and number == 0:
+                run_sql(connection, f"TRUNCATE ONLY {_full_name(data)}")
+            statement = copy_statement(data, *(["FREEZE"] if are_all else []))
+            pieces = read_ahead(_gathered(read_stream(component, stream.parts, store, operation)))
+            with contextlib.closing(pieces):
+                rows = _copy_in(connection, statement, pieces, turn)
+            if rows != data.rows:
+                raise DamagedError(
+                    f"{_full_name(data)} got {rows} rows from {stream.name}, the manifest promises {data.rows}",
+                    step="loading",
+                )
         run_sql(connection, "COMMIT")
+
+
+def _copy_in(connection: Connection, statement: str, pieces: Iterator[bytes], turn: Turn) -> int:
+    driver = driver_of(connection)
+    with driver.cursor() as cursor:
+        with cursor.copy(statement.encode(driver.info.encoding)) as copy:
+            for piece in pieces:
+                turn.check()
+                copy.write(piece)
+        return cursor.rowcount
+
+
+def _full_name(data: TableData) -> str:
+    return f"{quoted(data.schema_name)}.{quoted(data.name)}"
 
 
 def copy_statement(data: TableData, *options: str) -> str:
     """The COPY that loads a stream of rows."""
     columns = ", ".join(map(quoted, data.columns))
     how = ", ".join([f"FORMAT {data.format}", *options])
-    return f"COPY {quoted(data.schema_name)}.{quoted(data.name)} ({columns}) FROM STDIN ({how})"
+    return f"COPY {_full_name(data)} ({columns}) FROM STDIN ({how})"
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -131,10 +131,14 @@ def write_database(
         *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
         *(Unit(table.size_bytes, partial(count_rows, sessions, table, operation)) for table in split),
     ]
-    with contextlib.closing(sessions):
-        stream, facts, *rest = (crew or Crew(1)).run(units)
-    held.prove()
-    held.prove_names()
+    try:
+        with contextlib.closing(sessions):
+            stream, facts, *rest = (crew or Crew(1)).run(units)
+        held.prove()
+    finally:
+        # Before any other error too: what can't be found any more is told by who looks for it in words that help nobody.
+        if not operation.cancelled:
+            held.prove_names()
     streams, counts = rest[: len(ranges)], rest[len(ranges) :]
     _check_tables(head.tables(), sizes.keys() - bulk_oids, bulk_oids)
     rows = rows_of(streams)

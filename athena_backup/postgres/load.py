@@ -24,8 +24,8 @@ from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
 from athena_backup.postgres.clients import client_version
-from athena_backup.postgres.contents import TableEntries, are_rights, entries_of_tables, lines_of
-from athena_backup.postgres.copy import load_range, table_oid
+from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, lines_of
+from athena_backup.postgres.copy import load_ranges, table_oid
 from athena_backup.postgres.order import order_dependent_tables
 from athena_backup.postgres.sessions import (
     Database,
@@ -41,6 +41,7 @@ from athena_backup.store import Store
 
 # pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
+_PARALLEL_EXTENSION_SINCE = 160_000
 _SECTIONS = ("pre-data", "data", "post-data")
 # A table with foreign descendants is not among them: their servers would be asked, and may be gone.
 _ANALYZED = text(
@@ -83,7 +84,7 @@ class Loading:
             crew.run([Unit(0, lambda _: self.restore(archive, entries=schema))])
             with session(self.staging.url) as connection:
                 last = list(order_dependent_tables(connection).values())
-            plan = _Plan(self, archive, head.listing("--verbose"), sections, last)
+            plan = _Plan(self, archive, head.listing("--verbose"), sections, last, crew.jobs)
             crew.run(plan.units)
         self._analyze_rest(crew, frozenset(plan.analyzed))
 
@@ -96,9 +97,9 @@ class Loading:
                     break
         return head
 
-    def load(self, stream: Stream, turn: Turn, *, is_alone: bool) -> None:
-        """Load one stream of a table's rows; see `load_range`."""
-        load_range(self.component.name, stream, self.staging, self.store, self.operation, turn, is_alone=is_alone)
+    def load(self, streams: Sequence[Stream], turn: Turn, *, are_all: bool) -> None:
+        """Load some streams of a table's rows; see `load_ranges`."""
+        load_ranges(self.component.name, streams, self.staging, self.store, self.operation, turn, are_all=are_all)
 
     def restore(
         self,
@@ -189,9 +190,10 @@ class _Plan:
         verbose: bytes,
         sections: Mapping[str, Sequence[bytes]],
         last: Sequence[tuple[str, str]],
+        jobs: int,
     ) -> None:
         """``verbose``: the dump's list of contents; ``sections``: its entries by section; ``last``: the tables, by schema and
-        name, that are loaded one by one when all others are full.
+        name, that are loaded one by one when all others are full; ``jobs``: how many units can be at work.
         """
         self.units: list[Unit[None]] = []
         self.analyzed: list[str] = []
@@ -206,30 +208,78 @@ class _Plan:
             if stream.table is not None:
                 tables.setdefault((stream.table.schema_name, stream.table.name), []).append(stream)
         oids = {name: oid for name, some in tables.items() if (oid := table_oid(some[0])) is not None}
-        soon = entries_of_tables(verbose, after, frozenset(oids.values()))
-        loaded = [self._add(_size(dump), lambda turn: loading.restore(entries=_but_rights(data), feed=dump, turn=turn))]
-        made: set[bytes] = set()
+        contents = Contents(verbose, after)
+        soon = contents.of_tables()
+        # First of all, as what it fills are most tables.
+        dumped = self._add(
+            loading.component.raw_size_bytes,
+            lambda turn: loading.restore(entries=_but_rights(data), feed=dump, turn=turn),
+        )
+        loaded = {-1: [dumped]}
+        """By OID: after which units a table is full; -1: those of the dump."""
+        small = [line for oid, entries in soon.items() if oid not in oids.values() for line in entries.lines]
+        needs_of_small = [dumped]
+        made_at: dict[bytes, int] = {}
         late = [name for name in last if name in tables]
         for name in [*(name for name in tables if name not in late), *late]:
-            some = tables[name]
+            some, oid = tables[name], oids.get(name, -2)
             # By what the table holds in all: the sooner its last range is in, the sooner its indexes can be made.
             size_bytes = sum(map(_size, some))
-            needs = loaded if name in late else []
-            own = [self._add(size_bytes, partial(loading.load, one, is_alone=len(some) == 1), needs) for one in some]
-            entries = soon.get(oids.get(name, -1))
-            if entries and size_bytes >= loading.soon_bytes:
+            needs = [one for units in loaded.values() for one in units] if name in late else []
+            count = min(len(some), self._connections(size_bytes, jobs))
+            own = [
+                self._add(size_bytes, partial(loading.load, some[number::count], are_all=count == 1), needs)
+                for number in range(count)
+            ]
+            entries = soon.get(oid, TableEntries((), ()))
+            if size_bytes >= loading.soon_bytes:
                 own = self._add_entries(entries, name, size_bytes, own)
-                made |= entries.lines
-            loaded = [*loaded, *own]
-        rest = [line for line in after if line not in made]
-        self._add(loading.component.raw_size_bytes, self._make([*rest, *rights]), loaded, is_elastic=True)
+                made_at |= dict.fromkeys(entries.lines, own[0])
+            else:
+                small += entries.lines
+                needs_of_small += own
+            loaded[oid] = [*loaded.get(oid, []), *own]
+        if small:
+            together = self._add(_size(dump), self._make(small), needs_of_small, is_elastic=True)
+            made_at |= dict.fromkeys(small, together)
+        everything = [one for units in loaded.values() for one in units] + [*made_at.values()]
+        everything += self._add_foreign_keys(contents.foreign_keys(), loaded, made_at)
+        rest = [*(line for line in after if line not in made_at), *rights]
+        if rest:
+            self._add(loading.component.raw_size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
+
+    def _add_foreign_keys(
+        self, keys: Sequence[ForeignKey], loaded: Mapping[int, Sequence[int]], made_at: dict[bytes, int]
+    ) -> list[int]:
+        """The foreign keys of big tables, one after the other, as two of one table would wait for each other's locks.
+
+        Those between tables that are full sooner come first. Only where every table is one of those that COPY loads.
+        """
+        possible = [key for key in keys if key.tables <= loaded.keys() and key.needs <= made_at.keys()]
+        units: list[int] = []
+        for key in sorted(possible, key=lambda one: max(max(loaded[table]) for table in one.tables)):
+            needs = {one for table in key.tables for one in loaded[table]} | {made_at[one] for one in key.needs}
+            units.append(self._add(0, self._make([key.line]), [*sorted(needs), *units[-1:]]))
+            made_at[key.line] = units[-1]
+        return units
+
+    def _connections(self, size_bytes: int, jobs: int) -> int:
+        """How many sessions load a table: one, unless the others would have nothing else to do.
+
+        One writes rows as frozen. And before version 16 several wait for each other whenever the table's file grows (tried: two
+        were hardly faster than one, for a third more of the server's processor time).
+        """
+        if self._loading.server < _PARALLEL_EXTENSION_SINCE:
+            return 1
+        return max(1, min(jobs, size_bytes * jobs // max(1, self._loading.component.raw_size_bytes)))
 
     def _add_entries(self, entries: TableEntries, name: tuple[str, str], size_bytes: int, own: list[int]) -> list[int]:
         """What is made of a table while others load; returns the last one's position."""
-        shared = [self._add(size_bytes, self._make([line]), own) for line in entries.shared]
-        last = [*own, *shared]
+        last = own
         for line in entries.exclusive:
             last = [self._add(size_bytes, self._make([line]), last)]
+        # Those that can be made at the same time come last, so that nothing is idle at the end.
+        last = [self._add(size_bytes, self._make([line]), last) for line in entries.shared] or last
         table = f"{quoted(name[0])}.{quoted(name[1])}"
         self.analyzed.append(table)
         return [self._add(size_bytes, lambda turn: self._loading.analyze([table], turn), last)]

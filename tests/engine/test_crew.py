@@ -287,3 +287,33 @@ def test_a_unit_that_only_waits_for_a_store_lets_the_next_one_begin_but_only_one
     thread.join(20)
     assert results == ["0", "1", "2"]
     assert crew.run([Unit(1, lambda turn: turn.slots, is_elastic=True)]) == [1]
+
+
+def test_a_failed_component_does_not_wait_for_the_bigger_units_of_others() -> None:
+    crew, gauge = Crew(1), Gauge()
+    threads: list[threading.Thread] = []
+
+    def fail(turn: Turn) -> None:
+        threads.append(in_thread(lambda: crew.run([Unit(99, gauge.work("other"))])))
+        while len(crew._waiting) < 2:
+            threading.Event().wait(0.001)
+        raise FinalError("mine")
+
+    with pytest.raises(FinalError, match="mine"):
+        crew.run([Unit(100, fail), Unit(1, gauge.work("never"))])
+    gauge.opened.set()
+    threads[0].join(20)
+    assert gauge.order == ["other"]
+
+
+def test_a_thread_that_the_system_has_no_room_for_fails_its_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew(2)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            crew.run([Unit(1, lambda turn: None), Unit(1, lambda turn: None)])
+    assert crew.run([Unit(1, lambda turn: turn.slots, is_elastic=True)]) == [2]
