@@ -1,8 +1,8 @@
 """Ours: the whole service as `athena-backup up` starts it, asked by its API, timed by what Prefect says of the flow run.
 
 The service stands idle while peers have their turns; what it takes then is measured apart. It can't be held still: when it
-wakes, all that Prefect's server does now and then is due at once and locks its database, for which its client waits two
-seconds, four times as often as otherwise (measured: 4 of 16 operations against 1 of 16).
+wakes, all that Prefect's server does now and then is due at once and locks its database, so that more requests have to be sent
+again than otherwise (measured: in 4 of 16 operations against 1 of 16).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _POLL_SECONDS = 0.5
 _EXIT_SECONDS = 20
 _ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 _PARTS = {
-    "prefect.server.api.server": "Prefect server",
+    "deployments.prefect_server": "Prefect server",
     "deployments.runner": "runner",
     "deployments.api": "API",
     "deployments.cli": "up",

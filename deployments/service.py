@@ -79,7 +79,7 @@ def running_service(
             say("starting the Prefect server ...")
             tree.start(
                 "the Prefect server",
-                _uvicorn("prefect.server.api.server:create_app", "127.0.0.1", prefect_port),
+                _uvicorn("deployments.prefect_server:create_app", "127.0.0.1", prefect_port),
                 environment,
                 is_ready=lambda: _answers(f"{prefect_api_url}/health"),
             )

@@ -54,7 +54,7 @@ def record(service: Service, timestamp: str) -> str:
 
 @pytest.mark.parametrize(
     "part",
-    ["prefect.server.api.server", "deployments.runner", "deployments.api", "deployments.cli up"],
+    ["deployments.prefect_server", "deployments.runner", "deployments.api", "deployments.cli up"],
     ids=["server", "runner", "api", "up"],
 )
 def test_the_death_of_any_part_of_the_service(service: Service, part: str) -> None:
