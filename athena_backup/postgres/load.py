@@ -81,7 +81,8 @@ class Loading:
         with unnamed_file(head.content) as archive:
             sections = {section: lines_of(head.listing(f"--section={section}")) for section in _SECTIONS}
             schema = _but_rights(sections["pre-data"])
-            crew.run([Unit(0, lambda _: self.restore(archive, entries=schema))])
+            # As much waits for it: a database whose schema comes late would be left alone at the end.
+            crew.run([Unit(self.component.raw_size_bytes, lambda _: self.restore(archive, entries=schema))])
             with session(self.staging.url) as connection:
                 last = list(order_dependent_tables(connection).values())
             plan = _Plan(self, archive, head.listing("--verbose"), sections, last, crew.jobs)
@@ -243,22 +244,27 @@ class _Plan:
             together = self._add(_size(dump), self._make(small), needs_of_small, is_elastic=True)
             made_at |= dict.fromkeys(small, together)
         everything = [one for units in loaded.values() for one in units] + [*made_at.values()]
-        everything += self._add_foreign_keys(contents.foreign_keys(), loaded, made_at)
+        full = {
+            oid: [*units, *(made_at[line] for line in soon[oid].lines if line in made_at)] if oid in soon else units
+            for oid, units in loaded.items()
+        }
+        everything += self._add_foreign_keys(contents.foreign_keys(), full, made_at)
         rest = [*(line for line in after if line not in made_at), *rights]
         if rest:
             self._add(loading.component.raw_size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
 
     def _add_foreign_keys(
-        self, keys: Sequence[ForeignKey], loaded: Mapping[int, Sequence[int]], made_at: dict[bytes, int]
+        self, keys: Sequence[ForeignKey], full: Mapping[int, Sequence[int]], made_at: dict[bytes, int]
     ) -> list[int]:
         """The foreign keys of big tables, one after the other, as two of one table would wait for each other's locks.
 
-        Those between tables that are full sooner come first. Only where every table is one of those that COPY loads.
+        ``full``: after which units a table has its rows and indexes. Those between tables that are full sooner come first. Only
+        where every table is one of those that COPY loads.
         """
-        possible = [key for key in keys if key.tables <= loaded.keys() and key.needs <= made_at.keys()]
+        possible = [key for key in keys if key.tables <= full.keys() and key.needs <= made_at.keys()]
         units: list[int] = []
-        for key in sorted(possible, key=lambda one: max(max(loaded[table]) for table in one.tables)):
-            needs = {one for table in key.tables for one in loaded[table]} | {made_at[one] for one in key.needs}
+        for key in sorted(possible, key=lambda one: max(max(full[table]) for table in one.tables)):
+            needs = {one for table in key.tables for one in full[table]} | {made_at[one] for one in key.needs}
             units.append(self._add(0, self._make([key.line]), [*sorted(needs), *units[-1:]]))
             made_at[key.line] = units[-1]
         return units
