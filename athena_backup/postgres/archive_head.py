@@ -18,9 +18,10 @@ from athena_backup.process import running
 _FIRST_LOOK_BYTES = 1 << 20
 _LIMIT_BYTES = 64 << 20
 """A table of contents beyond this (some 100,000 objects) fails the dump: it can't be proven at a restore."""
-# Number, catalog and OID of the entry, then its kind; other entries may have these words in their names.
-_SEQUENCE_SET = re.compile(rb"^\d+; \d+ \d+ SEQUENCE SET .*$", re.MULTILINE)
-_TABLE_DATA = re.compile(rb"^\d+; \d+ (\d+) TABLE DATA ", re.MULTILINE)
+# Number, catalog and OID of the entry, then its kind. Of what is a row of a catalog, as a table in a schema "DATA" is, the
+# catalog is not 0; other entries may have these words in their names.
+_SEQUENCE_SET = re.compile(rb"^\d+; 0 \d+ SEQUENCE SET .*$", re.MULTILINE)
+_TABLE_DATA = re.compile(rb"^\d+; 0 (\d+) TABLE DATA ", re.MULTILINE)
 _SETVAL = re.compile(r"^SELECT pg_catalog\.setval\(E?'((?:[^']|'')*)', (-?\d+), (true|false)\);$", re.MULTILINE)
 _IDENTIFIER = re.compile(r'"((?:[^"]|"")*)"|([^."]+)')
 

@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 # Number, catalog and OID of the entry, then its kind; behind an entry stands what it depends on.
@@ -13,6 +13,9 @@ _LINE = re.compile(rb"^(?P<number>\d+); (?P<catalog>\d+) (?P<oid>\d+) (?P<rest>.
 # "ACL" and its like are no catalog's rows, so their kind is all that tells them.
 _RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
 _PG_CLASS, _PG_CONSTRAINT, _PG_STATISTIC_EXT = 1259, 2606, 3381
+# pg_proc, pg_operator, pg_opclass and pg_opfamily: what somebody wrote may look into tables that are not full yet.
+_CODE_CATALOGS = frozenset({1255, 2617, 2616, 2753})
+_TABLE_ATTACH = b"TABLE ATTACH "
 _TABLE, _INDEX, _CONSTRAINT, _STATISTICS = b"TABLE ", b"INDEX ", b"CONSTRAINT ", b"STATISTICS "
 _FOREIGN_KEY = b"FK CONSTRAINT "
 
@@ -74,22 +77,31 @@ class Contents:
             self._kinds[number] = (catalog, found["rest"])
             if catalog == _PG_CLASS and found["rest"].startswith(_TABLE):
                 self._tables[number] = int(found["oid"])
+        self.parents = frozenset(
+            self._tables[one]
+            for number, (_, rest) in self._kinds.items()
+            if number in self._tables or rest.startswith(_TABLE_ATTACH)
+            for one in self._needs.get(number, ())
+            if one in self._tables
+        )
+        """OIDs of the tables that others inherit from or are partitions of: what is done to one may be done to all below it."""
 
     def of_tables(self) -> dict[int, TableEntries]:
         """What needs nothing but the rows of one table, by the OID that the table has in the dump.
 
-        An entry that needs a second table, or another entry behind the data, is not among them.
+        An entry that needs a second table, another entry behind the data, or a function of somebody's, is not among them, nor a
+        parent's key or constraint.
         """
         shared: dict[int, list[bytes]] = {}
         exclusive: dict[int, list[bytes]] = {}
         for number, line in self._late.items():
             owners = self._owners(number)
-            if len(owners) != 1 or self._needs[number] & self._late.keys():
+            if len(owners) != 1 or self._needs[number] & self._late.keys() or self._calls_code(number):
                 continue
             [owner] = owners
             if self._is(number, _PG_CLASS, _INDEX) or self._is(number, _PG_STATISTIC_EXT, _STATISTICS):
                 shared.setdefault(owner, []).append(line)
-            elif self._is(number, _PG_CONSTRAINT, _CONSTRAINT):
+            elif self._is(number, _PG_CONSTRAINT, _CONSTRAINT) and owner not in self.parents:
                 exclusive.setdefault(owner, []).append(line)
         return {
             oid: TableEntries(tuple(shared.get(oid, ())), tuple(exclusive.get(oid, ())))
@@ -107,6 +119,15 @@ class Contents:
             for number, line in self._late.items()
             if self._is(number, _PG_CONSTRAINT, _FOREIGN_KEY) and self._owners(number)
         ]
+
+    def left_by(self, lines: Collection[bytes]) -> frozenset[int]:
+        """OIDs of the tables for which there is something behind the data that is not in ``lines``."""
+        return frozenset(
+            owner for number, line in self._late.items() if line not in lines for owner in self._owners(number)
+        )
+
+    def _calls_code(self, number: int) -> bool:
+        return any(self._kinds.get(one, (0, b""))[0] in _CODE_CATALOGS for one in self._needs[number])
 
     def _owners(self, number: int) -> frozenset[int]:
         return frozenset(self._tables[one] for one in self._needs.get(number, ()) if one in self._tables)

@@ -239,9 +239,10 @@ def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES)
     # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
     with held.locks_lock:
         rerouted = rerouted_partitions(held.locks)
-        dependent = list(order_dependent_tables(held.locks))
+        locked = {oid for oid, _, _ in held.locked}
+        dependent = [oid for oid in order_dependent_tables(held.locks) if oid in locked]
         parameters = {
-            "oids": [oid for oid, _, _ in held.locked if oid not in rerouted],
+            "oids": [oid for oid in locked if oid not in rerouted],
             "bulk": min(bulk_bytes, _SMALLEST_BYTES),
             "dependent": dependent,
             "limit": _TABLES_LIMIT,
@@ -267,8 +268,8 @@ def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES)
     named = {table.oid: table for table in found if can_be_named or table.is_ascii}
     last = [named.pop(oid) for oid in dependent if oid in named]
     worth = worth_copying(list(named.values()), all_bytes, bulk_bytes)
-    # Where pg_dump writes all others, it knows best in which order.
-    return [*worth, *last] if worth else []
+    # Where pg_dump writes all others, or one that should come last, it knows best in which order.
+    return [*worth, *last] if worth and len(last) == len(dependent) else []
 
 
 def worth_copying(tables: Sequence[BulkTable], all_bytes: int, bulk_bytes: int) -> list[BulkTable]:
@@ -534,7 +535,8 @@ class _CopySession:
             if error.sqlstate == LOCK_NOT_AVAILABLE:
                 raise self._held.refused_lock() from error
             raise _named(table, translated_state(error.sqlstate or "", str(error))) from error
-        except (OSError, asyncpg.InterfaceError, TimeoutError) as error:
+        # InternalClientError: of a connection that was ended in the middle of a message.
+        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError) as error:
             self._check()
             self._held.prove()
             raise _named(table, UnavailableError(f"PostgreSQL: {error or type(error).__name__}")) from error

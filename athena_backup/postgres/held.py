@@ -105,7 +105,9 @@ class Held:
             self.lost = self.lost or lost_holder(error)
             raise self.lost from error
         renamed = [name for _, _, name in sorted(set(self.locked) - set(tables))]
-        renamed += [f"the enum value {label!r}" for _, label in sorted(old_labels - labels)]
+        # Of a type that is gone no table has a value: all that could have one are locked.
+        still_there = {oid for oid, _ in labels}
+        renamed += [f"the enum value {label!r}" for oid, label in sorted(old_labels - labels) if oid in still_there]
         if renamed:
             raise FinalError(
                 f"something was renamed while the database was read: {', '.join(renamed[:5])}",

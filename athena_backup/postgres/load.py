@@ -211,6 +211,10 @@ class _Plan:
         oids = {name: oid for name, some in tables.items() if (oid := table_oid(some[0])) is not None}
         contents = Contents(verbose, after)
         soon = contents.of_tables()
+        # What is known of these is not all before the last unit; whoever sees to the rest analyzes them.
+        self._unfinished = contents.parents | contents.left_by(
+            frozenset(line for entries in soon.values() for line in entries.lines)
+        )
         # First of all, as what it fills are most tables.
         dumped = self._add(
             loading.component.raw_size_bytes,
@@ -234,8 +238,8 @@ class _Plan:
             ]
             entries = soon.get(oid, TableEntries((), ()))
             if size_bytes >= loading.soon_bytes:
-                own = self._add_entries(entries, name, size_bytes, own)
-                made_at |= dict.fromkeys(entries.lines, own[0])
+                own = self._add_entries(entries, name, oid, size_bytes, own)
+                made_at |= dict.fromkeys(entries.lines, own[-1])
             else:
                 small += entries.lines
                 needs_of_small += own
@@ -279,13 +283,17 @@ class _Plan:
             return 1
         return max(1, min(jobs, size_bytes * jobs // max(1, self._loading.component.raw_size_bytes)))
 
-    def _add_entries(self, entries: TableEntries, name: tuple[str, str], size_bytes: int, own: list[int]) -> list[int]:
-        """What is made of a table while others load; returns the last one's position."""
+    def _add_entries(
+        self, entries: TableEntries, name: tuple[str, str], oid: int, size_bytes: int, own: list[int]
+    ) -> list[int]:
+        """What is made of a table while others load; returns the positions of the last ones."""
         last = own
         for line in entries.exclusive:
             last = [self._add(size_bytes, self._make([line]), last)]
         # Those that can be made at the same time come last, so that nothing is idle at the end.
         last = [self._add(size_bytes, self._make([line]), last) for line in entries.shared] or last
+        if oid in self._unfinished:
+            return last
         table = f"{quoted(name[0])}.{quoted(name[1])}"
         self.analyzed.append(table)
         return [self._add(size_bytes, lambda turn: self._loading.analyze([table], turn), last)]

@@ -76,7 +76,7 @@ def test_ctrl_c_while_the_service_starts_stops_it_at_once(make_service: Callable
     starting = make_service("starting")
     starting.begin()
     await_true(lambda: any("starting the Prefect server" in line for line in starting.output), "the start")
-    await_true(lambda: any("prefect.server" in command for command in starting.processes().values()), "the server")
+    await_true(lambda: any("prefect_server" in command for command in starting.processes().values()), "the server")
     assert starting.stop(signal.SIGINT) == 0
     assert not any("starting the runner" in line for line in starting.output)
     assert not starting.processes()

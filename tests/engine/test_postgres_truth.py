@@ -169,8 +169,12 @@ CREATE TABLE a_rates (id int PRIMARY KEY, r int); INSERT INTO a_rates SELECT i, 
 CREATE FUNCTION rate(i int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT r FROM public.a_rates WHERE id = i';
 CREATE TABLE orders (c int CHECK (public.rate(c) > 0), g int GENERATED ALWAYS AS (public.rate(c)) STORED, x text);
 INSERT INTO orders (c, x) SELECT 1 + i % 100, md5(i::text) FROM generate_series(1, 5000) i;
-CREATE DOMAIN rated AS int CHECK (public.rate(VALUE) > 0);
-CREATE TABLE rated_orders AS SELECT c::rated FROM orders LIMIT 10;
+CREATE DOMAIN rated AS int CHECK (public.rate(VALUE) > 0); CREATE DOMAIN twice AS rated; CREATE TYPE pair AS (a int, b twice);
+CREATE TABLE rated_orders AS SELECT c::twice, ARRAY[c::rated] cs, ROW(1, c)::pair p FROM orders LIMIT 10;
+CREATE FUNCTION knows(int, int) RETURNS bool LANGUAGE sql AS 'SELECT EXISTS (SELECT FROM public.a_rates WHERE id = $1)';
+CREATE OPERATOR public.@@@@ (FUNCTION = knows, LEFTARG = int, RIGHTARG = int);
+CREATE TABLE spelled_by_operator (i int CHECK (i OPERATOR(public.@@@@) 1));
+INSERT INTO spelled_by_operator SELECT i FROM generate_series(1, 100) i;
 """
 
 
@@ -184,10 +188,76 @@ def test_values_that_look_into_other_tables_are_loaded_when_those_are_full(
     before = rows(database, query)
     component = dump(database, local_store, jobs=jobs, bulk_bytes=bulk_bytes, range_bytes=64 << 10)
     if bulk_bytes == 0:
-        last = [stream.table.name for stream in component.streams if stream.table][-1]
-        assert last == "rated_orders", "RESTORE.md loads in the manifest's order"
+        last = list(dict.fromkeys(stream.table.name for stream in component.streams if stream.table))[-3:]
+        assert last == ["orders", "rated_orders", "spelled_by_operator"], "RESTORE.md loads in the manifest's order"
     restore(component, database, local_store, jobs=jobs)
     assert rows(database, query) == before
+
+
+def test_where_one_that_should_come_last_cant_be_copied_pg_dump_reads_all(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database(
+        "hashed_and_checked",
+        "CREATE TYPE mood AS ENUM ('a', 'b', 'c'); CREATE TABLE big AS SELECT i FROM generate_series(1, 1000) i;"
+        "CREATE FUNCTION known(int) RETURNS bool LANGUAGE sql AS 'SELECT EXISTS (SELECT FROM public.big WHERE i = $1)';"
+        "CREATE TABLE parted (m mood, i int CHECK (known(i))) PARTITION BY HASH (m);"
+        "CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 1, REMAINDER 0);"
+        "INSERT INTO parted SELECT 'a', i FROM generate_series(1, 100) i",
+    )
+    component = dump(database, local_store, **ALL_BY_COPY)
+    assert len(component.streams) == 1
+    restore(component, database, local_store)
+    assert rows(database, "SELECT count(*) FROM public.parted") == [(100,)]
+
+
+def test_an_index_by_a_function_that_reads_another_table_is_made_when_that_one_is_full(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database(
+        "looking",
+        "CREATE TABLE lookup (i int, v int); INSERT INTO lookup SELECT i, i % 7 FROM generate_series(1, 300) i;"
+        "CREATE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT v FROM public.lookup WHERE i = $1';"
+        "CREATE TABLE big AS SELECT i, repeat('x', 300) x FROM generate_series(1, 300) i; CREATE INDEX ON big (f(i))",
+    )
+    component = dump(database, local_store, jobs=1, **ALL_BY_COPY)
+    restore(component, database, local_store, jobs=1, soon_bytes=0)
+    with session(database.url, {"enable_seqscan": "off", "search_path": "public"}) as connection:
+        assert run_sql(connection, "SELECT count(*) FROM big WHERE f(i) = 3").scalar_one() == 43
+
+
+def test_what_is_done_to_a_parent_waits_for_its_children(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database(
+        "inherited",
+        "CREATE TABLE parent (i int, p int); CREATE TABLE child () INHERITS (parent);"
+        "INSERT INTO parent SELECT i, i FROM generate_series(1, 3000) i;"
+        "INSERT INTO child SELECT i, nullif(i, 5) FROM generate_series(1, 90000) i;"
+        "ALTER TABLE parent ADD CONSTRAINT filled NOT NULL p NOT VALID; ANALYZE",
+    )
+    query = "SELECT (histogram_bounds::text::int[])[101] FROM pg_stats WHERE tablename = 'parent' AND inherited AND attname = 'i'"
+    component = dump(database, local_store, jobs=1, **ALL_BY_COPY)
+    restore(component, database, local_store, jobs=1, soon_bytes=0)
+    [[bound]] = rows(database, query)
+    assert int(str(bound)) > 80_000, "of the parent alone it would be 3,000"
+    assert rows(database, "SELECT count(*) FROM public.child WHERE p IS NULL") == [(1,)]
+
+
+def test_tables_in_a_schema_whose_name_is_a_word_of_the_list_come_back(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database(
+        "words", 'CREATE SCHEMA "DATA"; CREATE TABLE "DATA".t AS SELECT i FROM generate_series(1, 900) i'
+    )
+    component = dump(database, local_store, **ALL_BY_COPY)
+    restore(component, database, local_store)
+    assert rows(database, 'SELECT count(*) FROM "DATA".t') == [(900,)]
+
+
+def test_a_type_that_is_dropped_meanwhile_fails_no_backup(make_database: Make, local_store: LocalStore) -> None:
+    database = make_database("unused", "CREATE TYPE mood AS ENUM ('a'); CREATE TABLE t AS SELECT 1 AS i")
+    with hold_cut([database], Operation()) as cut:
+        sql(database, "DROP TYPE mood")
+        cut.of(database.name).prove_names()
 
 
 def test_a_table_that_cant_be_analyzed_is_restored_and_told_in_the_log(
