@@ -2,7 +2,7 @@
 
 With SQLite a write is refused with 503 whenever another one was at work ("database is locked"), for which Prefect's clients
 wait two seconds, then four, eight and so on, in the middle of a backup. The other write takes milliseconds. So each 503 says
-when to come again: soon at first, and after as many refusals as late as without it.
+when to come again: soon after the first, then later and later, as without it.
 """
 
 import threading
@@ -13,9 +13,8 @@ from typing import Any
 
 from prefect.server.api.server import create_app as create_prefect_app
 
-_FIRST_SECONDS = 0.2
-_GROWTH = 4
-_LAST_SECONDS = 60.0
+_RETRY_SECONDS = (0.2, 2.0, 6.0, 16.0, 40.0)
+"""After the first refusal, the second and so on; then the last."""
 _FORGET_SECONDS = 120.0
 _KEPT_LIMIT = 1_000
 _UNAVAILABLE = 503
@@ -42,7 +41,7 @@ class Refusals:
             self._seen[request] = (count + 1, now)
             if len(self._seen) > _KEPT_LIMIT:
                 self._seen.pop(next(iter(self._seen)))
-        return float(min(_FIRST_SECONDS * _GROWTH**count, _LAST_SECONDS))
+        return _RETRY_SECONDS[min(count, len(_RETRY_SECONDS) - 1)]
 
     def forget(self, request: tuple[str, str]) -> None:
         """It was answered."""
