@@ -16,8 +16,8 @@ from athena_backup.operation import Operation
 from athena_backup.process import running
 
 _FIRST_LOOK_BYTES = 1 << 20
-_LIMIT_BYTES = 64 << 20
-"""A table of contents beyond this (some 100,000 objects) fails the dump: it can't be proven at a restore."""
+_LIMIT_BYTES = 256 << 20
+"""A table of contents beyond this (some 400,000 objects) fails the dump: it can't be proven at a restore."""
 # Number, catalog and OID of the entry, then its kind. Of what is a row of a catalog, as a table in a schema "DATA" is, the
 # catalog is not 0; other entries may have these words in their names.
 _SEQUENCE_SET = re.compile(rb"^\d+; 0 \d+ SEQUENCE SET .*$", re.MULTILINE)
