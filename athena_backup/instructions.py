@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Stream, component_folder
-from athena_backup.postgres.copy import copy_statement
+from athena_backup.postgres.copy_in import copy_statement
 from athena_backup.postgres.sessions import FORMAT_SETTINGS, client_encoding, connection_string
 
 _TIMEOUT_MAJOR = 17

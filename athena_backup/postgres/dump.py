@@ -7,6 +7,7 @@ and a warning that is not on it fails the component.
 """
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,18 +25,10 @@ from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
+from athena_backup.postgres.bulk import BULK_BYTES, RANGE_BYTES, BulkTable, TableRange, bulk_tables
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.copy import (
-    BULK_BYTES,
-    RANGE_BYTES,
-    BulkTable,
-    CopySessions,
-    RangeReading,
-    TableRange,
-    bulk_tables,
-    count_rows,
-    rows_of,
-)
+from athena_backup.postgres.copy_in import rows_of
+from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows, unreachable
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import read_facts, table_sizes, translating, with_dump
 from athena_backup.postgres.held import Held
@@ -49,6 +42,7 @@ _MAGIC = b"PGDMP"
 _LOCK_WAIT_MILLISECONDS = 60_000
 _CATALOGS_BYTES = 64 << 20
 _GLOBALS_LIMIT_BYTES = 64 << 20
+logger = logging.getLogger("athena_backup.postgres")
 
 # What pg_dump may say without being wrong. True: something was left out, and the manifest has to say so.
 _KNOWN_WARNINGS: tuple[tuple[re.Pattern[str], bool], ...] = (
@@ -94,8 +88,12 @@ def write_database(
     head = ArchiveHead(lister, codec(held.reader), operation)
     sizes = table_sizes(held, operation)
     operation.expect(database.name, sum(sizes.values()))
-    with translating(held, operation):
-        bulk = bulk_tables(held, all_bytes=sum(sizes.values()), bulk_bytes=bulk_bytes)
+    bulk: list[BulkTable] = []
+    if reason := unreachable(database.url):
+        logger.warning("%s is read by pg_dump alone, not by parallel COPY: %s", database.name, reason)
+    else:
+        with translating(held, operation):
+            bulk = bulk_tables(held, all_bytes=sum(sizes.values()), bulk_bytes=bulk_bytes)
     bulk_oids = {table.oid for table in bulk}
     dump = _Dump(held, client, head, bulk)
 

@@ -23,9 +23,10 @@ from athena_backup.manifest import Component, Stream
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
+from athena_backup.postgres.bulk import table_oid
 from athena_backup.postgres.clients import client_version
 from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, lines_of
-from athena_backup.postgres.copy import load_ranges, table_oid
+from athena_backup.postgres.copy_in import load_ranges
 from athena_backup.postgres.order import order_dependent_tables
 from athena_backup.postgres.sessions import (
     Database,

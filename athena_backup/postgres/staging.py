@@ -20,7 +20,7 @@ from athena_backup.errors import DamagedError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.copy import rows_of
+from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.load import SOON_BYTES, Loading
 from athena_backup.postgres.order import rerouted_partition_names
 from athena_backup.postgres.rename import (

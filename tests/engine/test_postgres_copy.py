@@ -16,8 +16,9 @@ from athena_backup.errors import AthenaError, DamagedError, FinalError, PassingE
 from athena_backup.manifest import Component, TableData
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_stream
-from athena_backup.postgres import copy
-from athena_backup.postgres.copy import BulkTable, CopySessions, TableRange, bulk_tables, count_rows, rows_of
+from athena_backup.postgres.bulk import BulkTable, TableRange, bulk_tables
+from athena_backup.postgres.copy_in import rows_of
+from athena_backup.postgres.copy_out import CopySessions, count_rows
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
@@ -399,7 +400,7 @@ def test_rows_that_the_ranges_miss_fail_the_backup(
         found = whole(table, range_bytes)
         return [*found[:-1], replace(found[-1], last=(found[-1].first or 0) + 1)]
 
-    monkeypatch.setattr(copy.BulkTable, "ranges", short)
+    monkeypatch.setattr(BulkTable, "ranges", short)
     with pytest.raises(FinalError, match=r'the ranges of "public"\."t" have \d+ rows, the table has 200000'):
         back_up(database, local_store)
 
@@ -483,7 +484,7 @@ def test_a_login_that_only_libpq_can_do_leaves_everything_to_pg_dump_and_is_logg
         raise RuntimeError("gssapi module not found")
 
     database = big_table(make_database, "kerberos")
-    monkeypatch.setattr("athena_backup.postgres.copy.asyncpg.connect", refuse)
+    monkeypatch.setattr("athena_backup.postgres.copy_out.asyncpg.connect", refuse)
     component = dump(database, local_store, bulk_bytes=0)
     assert len(component.streams) == 1
     assert "kerberos is read by pg_dump alone, not by parallel COPY" in caplog.text

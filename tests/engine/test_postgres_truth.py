@@ -12,8 +12,10 @@ from athena_backup.crew import Turn
 from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
 from athena_backup.manifest import Component
 from athena_backup.operation import Operation
-from athena_backup.postgres import copy
-from athena_backup.postgres.copy import DUMP_BYTES, BulkTable, CopySessions, bulk_tables, worth_copying
+from athena_backup.postgres import copy_out
+from athena_backup.postgres.bulk import DUMP_BYTES, BulkTable, bulk_tables, worth_copying
+from athena_backup.postgres.copy_in import load_ranges
+from athena_backup.postgres.copy_out import CopySessions, RangeReading, unreachable
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
@@ -133,7 +135,7 @@ def test_a_table_that_hides_rows_from_its_own_owner_fails_the_backup_by_copy(
         with hold_cut([database], Operation()) as cut:
             held = cut.of(database.name)
             [table] = bulk_tables(held, bulk_bytes=0)
-            reading = copy.RangeReading(CopySessions(held, []), table.ranges(1 << 30)[0], Turn(1, lambda: None))
+            reading = RangeReading(CopySessions(held, []), table.ranges(1 << 30)[0], Turn(1, lambda: None))
             with pytest.raises(DeniedError, match="row-level security"):
                 list(reading.chunks(Operation()))
     finally:
@@ -195,7 +197,7 @@ def test_values_that_look_into_other_tables_are_loaded_when_those_are_full(
 
 
 def test_where_one_that_should_come_last_cant_be_copied_pg_dump_reads_all(
-    make_database: Make, local_store: LocalStore
+    make_database: Make, local_store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     database = make_database(
         "hashed_and_checked",
@@ -207,6 +209,7 @@ def test_where_one_that_should_come_last_cant_be_copied_pg_dump_reads_all(
     )
     component = dump(database, local_store, **ALL_BY_COPY)
     assert len(component.streams) == 1
+    assert "hashedandchecked is read by pg_dump alone, not by parallel COPY: a table whose checks" in caplog.text
     restore(component, database, local_store)
     assert rows(database, "SELECT count(*) FROM public.parted") == [(100,)]
 
@@ -354,7 +357,7 @@ def test_a_login_that_only_libpq_keeps_safe_is_left_to_pg_dump(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     url: URL = postgres.url().update_query_dict(query)
-    assert reason in copy._unreachable(url)
+    assert reason in unreachable(url)
 
 
 def test_a_login_that_fails_for_now_is_tried_again_not_left_to_pg_dump(
@@ -379,7 +382,7 @@ def test_a_reading_session_notices_a_connection_that_is_cut_without_a_word(make_
     database = make_database("kept_alive")
 
     async def options() -> list[int]:
-        connection: asyncpg.Connection = await copy._connect(database.url)
+        connection: asyncpg.Connection = await copy_out._connect(database.url)
         sock = connection._transport.get_extra_info("socket")
         found = [
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
@@ -397,5 +400,5 @@ def test_a_row_that_is_refused_is_not_shown(make_database: Make, local_store: Lo
     sql(database, "TRUNCATE t", "ALTER TABLE t ADD CHECK (i < 1000)")
     streams = [stream for stream in component.streams if stream.table]
     with pytest.raises(FinalError, match="violates check constraint") as raised:
-        copy.load_ranges("private", streams, database, local_store, Operation(), Turn(1, lambda: None), are_all=True)
+        load_ranges("private", streams, database, local_store, Operation(), Turn(1, lambda: None), are_all=True)
     assert "secret" not in str(raised.value)
