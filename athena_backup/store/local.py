@@ -18,6 +18,7 @@ from pathlib import Path
 
 from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError, UnavailableError
 from athena_backup.store import CHUNK_SIZE_BYTES, OWN_PREFIX, Entry, StoreLocation, check_key, check_prefix
+from athena_backup.store.direct import write_direct
 
 MARKER = ".athena-store"
 _TEMPORARY_PREFIX = f"{OWN_PREFIX}tmp-"
@@ -283,10 +284,7 @@ class LocalStore:
         file = os.open(temporary, flags, 0o600, dir_fd=folder)
         try:
             try:
-                for chunk in chunks:
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[os.write(file, view) :]
+                write_direct(file, chunks)
                 os.fsync(file)
             except BaseException:
                 with contextlib.suppress(OSError):
