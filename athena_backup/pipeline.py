@@ -17,6 +17,7 @@ from typing import TypeVar
 import zstandard
 
 from athena_backup.errors import AthenaError, DamagedError, FinalError, UnavailableError
+from athena_backup.frames import FrameReader
 from athena_backup.manifest import Part
 from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.store import Store, UnsettledError
@@ -31,17 +32,6 @@ THREADS_LIMIT = 64
 _AHEAD_BYTES = 4 << 20
 _GRACE_SECONDS = 5.0
 _Result = TypeVar("_Result")
-
-# zstandard's decompressor has no bound on what one call returns, and a run of equal bytes expands up to 32,768 times
-# (4 bytes for a block of 128 KiB, RFC 8878 section 3.1.1.2): slices this small keep one call at 32 MiB. With 4 KiB two
-# restores side by side of files full of zeros took 550 MB; smaller ones than this cost more time than they save memory. A frame
-# that says how little it holds may come in larger slices: a call ends with its frame, and one that lies is bounded still.
-_SLICE_BYTES = 1_024
-_LARGE_SLICE_BYTES = 4_096
-PIECE_LIMIT_BYTES = _SLICE_BYTES << 15
-"""The largest piece that `read_part` hands out."""
-# Above the window of every level that we write; a hostile frame could otherwise ask for gigabytes (RFC 8878, 3.1.1.1.2).
-_WINDOW_LIMIT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -236,52 +226,30 @@ def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes
     """The raw bytes of a part; raises `DamagedError`, at its end at the latest, unless they are exactly what was written."""
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0
-    context = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
-    frame = context.decompressobj()
-    begun = False
-    slice_bytes = _SLICE_BYTES
+    frames = FrameReader()
     try:
         for chunk in store.read(part.key):
             operation.check()
             digest.update(chunk)
             size_bytes += len(chunk)
-            start = 0
-            while start < len(chunk):
+            for raw in frames.feed(chunk):
                 operation.check()
-                rest = chunk[start : start + slice_bytes]
-                start += len(rest)
-                while rest:
-                    if frame.eof or not begun:
-                        frame, begun = context.decompressobj(), True
-                        slice_bytes = _slice_bytes(rest)
-                    raw = frame.decompress(rest)
-                    rest = frame.unused_data if frame.eof else b""
-                    raw_size_bytes += len(raw)
-                    if raw_size_bytes > part.raw_size_bytes:
-                        raise _damaged(
-                            part, f"it holds more than the {part.raw_size_bytes} bytes that the manifest promises"
-                        )
-                    if raw:
-                        yield raw
+                raw_size_bytes += len(raw)
+                if raw_size_bytes > part.raw_size_bytes:
+                    raise _damaged(
+                        part, f"it holds more than the {part.raw_size_bytes} bytes that the manifest promises"
+                    )
+                yield raw
     except zstandard.ZstdError as error:
         raise _damaged(part, f"it is no whole zstd stream: {error}") from error
     if size_bytes != part.size_bytes:
         raise _damaged(part, f"it has {size_bytes} bytes, the manifest promises {part.size_bytes}")
     if digest.hexdigest() != part.sha256:
         raise _damaged(part, "its SHA-256 differs from the manifest's")
-    if not begun or not frame.eof:
+    if not frames.is_whole:
         raise _damaged(part, "its last zstd frame is cut off")
     if raw_size_bytes != part.raw_size_bytes:
         raise _damaged(part, f"it holds {raw_size_bytes} bytes, the manifest promises {part.raw_size_bytes}")
-
-
-def _slice_bytes(head: bytes) -> int:
-    """In what slices a frame that begins so is decompressed."""
-    try:
-        content_bytes = zstandard.frame_content_size(head)
-    except zstandard.ZstdError:  # the slice ends within the frame's header, or it is none
-        return _SLICE_BYTES
-    return _LARGE_SLICE_BYTES if 0 <= content_bytes <= PIECE_LIMIT_BYTES else _SLICE_BYTES
 
 
 def read_stream(component: str, parts: Sequence[Part], store: Store, operation: Operation) -> Iterator[bytes]:

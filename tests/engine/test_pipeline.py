@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from athena_backup import pipeline
 from athena_backup.errors import CancelledError, DamagedError, FinalError
+from athena_backup.frames import PIECE_LIMIT_BYTES
 from athena_backup.manifest import Part
 from athena_backup.operation import Operation
-from athena_backup.pipeline import PIECE_LIMIT_BYTES, Source, read_part, read_stream, write_stream
+from athena_backup.pipeline import Source, read_part, read_stream, write_stream
 from athena_backup.store import Entry
 from athena_backup.store.local import LocalStore
 
