@@ -38,6 +38,8 @@ class Turn:
 
     Each call may take one more that nobody uses, or give all but one back to those that wait: it is to be asked often.
     """
+    is_last: bool = False
+    """Whether nobody waited for a slot when its turn came: what others that are at work use becomes free."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +156,21 @@ class Crew:
         """Start whatever there is a slot for; the lock is held."""
         while self._free and self._waiting:
             one = heapq.heappop(self._waiting)
-            slots = self._free if one.unit.is_elastic and not self._waiting else 1
+            is_last = not self._waiting
+            slots = self._free if one.unit.is_elastic and is_last else 1
             self._free -= slots
             try:
-                threading.Thread(target=self._do, args=(one, _Held(slots)), name="crew", daemon=True).start()
+                threading.Thread(target=self._do, args=(one, _Held(slots), is_last), name="crew", daemon=True).start()
             except RuntimeError as error:  # the system has no room for another thread
                 self._free += slots
                 self._fail(one.batch, error)
                 self._end(one)
 
-    def _do(self, one: _Waiting, held: _Held) -> None:
-        turn = Turn(held.slots, one.batch.check, lambda: self._give_back(held), lambda: self._slots_now(one.unit, held))
+    def _do(self, one: _Waiting, held: _Held, is_last: bool) -> None:
+        turn = Turn(
+            *(held.slots, one.batch.check, lambda: self._give_back(held), lambda: self._slots_now(one.unit, held)),
+            is_last,
+        )
         try:
             one.batch.results[one.index] = one.context.run(one.unit.work, turn)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the result

@@ -31,8 +31,6 @@ _ESCAPES_SINCE = 130_000
 _STREAM_NAME = re.compile(r"tables/(\d+)\.")
 logger = logging.getLogger("athena_backup.postgres")
 
-logger = logging.getLogger("athena_backup.postgres")
-
 # Types whose binary form is the same in every version since 10 and depends on no setting but client_encoding; of all others
 # (and of what extensions bring) only the text is sure to be read by a newer server.
 _BINARY_TYPES = (

@@ -56,6 +56,11 @@ def are_rights(line: bytes) -> bool:
     return _RIGHTS.match(line) is not None
 
 
+def but_rights(entries: Sequence[bytes]) -> list[bytes]:
+    """The entries without those that grant or revoke."""
+    return [entry for entry in entries if not are_rights(entry)]
+
+
 class Contents:
     """What is in a dump behind its data, and what it depends on."""
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from athena_backup.manifest import Component, Stream
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
-from athena_backup.postgres.bulk import table_oid
 from athena_backup.postgres.clients import client_version
-from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, lines_of
+from athena_backup.postgres.contents import but_rights, lines_of
 from athena_backup.postgres.copy_in import load_ranges
+from athena_backup.postgres.load_plan import WORKERS, IndexWorkers, Plan
 from athena_backup.postgres.order import order_dependent_tables
 from athena_backup.postgres.sessions import (
     Database,
@@ -42,7 +42,6 @@ from athena_backup.store import Store
 
 # pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
-_PARALLEL_EXTENSION_SINCE = 160_000
 _SECTIONS = ("pre-data", "data", "post-data")
 # A table with foreign descendants is not among them: their servers would be asked, and may be gone.
 _ANALYZED = text(
@@ -81,12 +80,13 @@ class Loading:
         head = self._head(self.component.streams[0])
         with unnamed_file(head.content) as archive:
             sections = {section: lines_of(head.listing(f"--section={section}")) for section in _SECTIONS}
-            schema = _but_rights(sections["pre-data"])
+            schema = but_rights(sections["pre-data"])
             # As much waits for it: a database whose schema comes late would be left alone at the end.
             crew.run([Unit(self.component.raw_size_bytes, lambda _: self.restore(archive, entries=schema))])
             with session(self.staging.url) as connection:
                 last = list(order_dependent_tables(connection).values())
-            plan = _Plan(self, archive, head.listing("--verbose"), sections, last, crew.jobs)
+                workers = IndexWorkers.of(connection, crew.jobs)
+            plan = Plan(self, archive, head.listing("--verbose"), sections, last, workers)
             crew.run(plan.units)
         self._analyze_rest(crew, frozenset(plan.analyzed))
 
@@ -109,11 +109,13 @@ class Loading:
         *,
         entries: Sequence[bytes] | None = None,
         jobs: int = 1,
+        workers: int | None = None,
         feed: Stream | None = None,
         turn: Turn | None = None,
     ) -> None:
         """One run of pg_restore, of the archive or of the stream that is fed to it: all of it, or some ``entries``.
 
+        ``workers``: how many the server may take to help each of its sessions with an index; None: what it is set to.
         ``turn`` stops the feeding when another stream of the component has failed.
         """
         command = [str(self.client), "--no-password", f"--dbname={connection_string(self.staging.database)}"]
@@ -122,6 +124,8 @@ class Loading:
             command += ["--exit-on-error", f"--jobs={jobs}"] if jobs > 1 else ["--exit-on-error"]
         url = self.staging.url
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
+        if workers is not None:
+            environment["PGOPTIONS"] += f" -c {WORKERS}={workers}"
         feeding = None
         with contextlib.ExitStack() as stack:
             if entries is not None:
@@ -182,133 +186,6 @@ class Loading:
                 logger.warning("%s of %s is not analyzed: %s", tables[0], self.component.name, error)
 
 
-class _Plan:
-    """The units of a load, each after what it needs."""
-
-    def __init__(
-        self,
-        loading: Loading,
-        archive: str,
-        verbose: bytes,
-        sections: Mapping[str, Sequence[bytes]],
-        last: Sequence[tuple[str, str]],
-        jobs: int,
-    ) -> None:
-        """``verbose``: the dump's list of contents; ``sections``: its entries by section; ``last``: the tables, by schema and
-        name, that are loaded one by one when all others are full; ``jobs``: how many units can be at work.
-        """
-        self.units: list[Unit[None]] = []
-        self.analyzed: list[str] = []
-        """The tables that are analyzed by one of the units."""
-        self._loading = loading
-        self._archive = archive
-        data, after = sections["data"], sections["post-data"]
-        rights = [line for line in [*sections["pre-data"], *data] if are_rights(line)]
-        dump, *streams = loading.component.streams
-        tables: dict[tuple[str, str], list[Stream]] = {}
-        for stream in streams:
-            if stream.table is not None:
-                tables.setdefault((stream.table.schema_name, stream.table.name), []).append(stream)
-        oids = {name: oid for name, some in tables.items() if (oid := table_oid(some[0])) is not None}
-        contents = Contents(verbose, after)
-        soon = contents.of_tables()
-        # What is known of these is not all before the last unit; whoever sees to the rest analyzes them.
-        self._unfinished = contents.parents | contents.left_by(
-            frozenset(line for entries in soon.values() for line in entries.lines)
-        )
-        # First of all, as what it fills are most tables.
-        dumped = self._add(
-            loading.component.raw_size_bytes,
-            lambda turn: loading.restore(entries=_but_rights(data), feed=dump, turn=turn),
-        )
-        loaded = {-1: [dumped]}
-        """By OID: after which units a table is full; -1: those of the dump."""
-        small = [line for oid, entries in soon.items() if oid not in oids.values() for line in entries.lines]
-        needs_of_small = [dumped]
-        made_at: dict[bytes, int] = {}
-        late = [name for name in last if name in tables]
-        for name in [*(name for name in tables if name not in late), *late]:
-            some, oid = tables[name], oids.get(name, -2)
-            # By what the table holds in all: the sooner its last range is in, the sooner its indexes can be made.
-            size_bytes = sum(map(_size, some))
-            needs = [one for units in loaded.values() for one in units] if name in late else []
-            count = min(len(some), self._connections(size_bytes, jobs))
-            own = [
-                self._add(size_bytes, partial(loading.load, some[number::count], are_all=count == 1), needs)
-                for number in range(count)
-            ]
-            entries = soon.get(oid, TableEntries((), ()))
-            if size_bytes >= loading.soon_bytes:
-                own = self._add_entries(entries, name, oid, size_bytes, own)
-                made_at |= dict.fromkeys(entries.lines, own[-1])
-            else:
-                small += entries.lines
-                needs_of_small += own
-            loaded[oid] = [*loaded.get(oid, []), *own]
-        if small:
-            together = self._add(_size(dump), self._make(small), needs_of_small, is_elastic=True)
-            made_at |= dict.fromkeys(small, together)
-        everything = [one for units in loaded.values() for one in units] + [*made_at.values()]
-        full = {
-            oid: [*units, *(made_at[line] for line in soon[oid].lines if line in made_at)] if oid in soon else units
-            for oid, units in loaded.items()
-        }
-        everything += self._add_foreign_keys(contents.foreign_keys(), full, made_at)
-        rest = [*(line for line in after if line not in made_at), *rights]
-        if rest:
-            self._add(loading.component.raw_size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
-
-    def _add_foreign_keys(
-        self, keys: Sequence[ForeignKey], full: Mapping[int, Sequence[int]], made_at: dict[bytes, int]
-    ) -> list[int]:
-        """The foreign keys of big tables, one after the other, as two of one table would wait for each other's locks.
-
-        ``full``: after which units a table has its rows and indexes. Those between tables that are full sooner come first. Only
-        where every table is one of those that COPY loads.
-        """
-        possible = [key for key in keys if key.tables <= full.keys() and key.needs <= made_at.keys()]
-        units: list[int] = []
-        for key in sorted(possible, key=lambda one: max(max(full[table]) for table in one.tables)):
-            needs = {one for table in key.tables for one in full[table]} | {made_at[one] for one in key.needs}
-            units.append(self._add(0, self._make([key.line]), [*sorted(needs), *units[-1:]]))
-            made_at[key.line] = units[-1]
-        return units
-
-    def _connections(self, size_bytes: int, jobs: int) -> int:
-        """How many sessions load a table: one, unless the others would have nothing else to do.
-
-        One writes rows as frozen. And before version 16 several wait for each other whenever the table's file grows (tried: two
-        were hardly faster than one, for a third more of the server's processor time).
-        """
-        if self._loading.server < _PARALLEL_EXTENSION_SINCE:
-            return 1
-        return max(1, min(jobs, size_bytes * jobs // max(1, self._loading.component.raw_size_bytes)))
-
-    def _add_entries(
-        self, entries: TableEntries, name: tuple[str, str], oid: int, size_bytes: int, own: list[int]
-    ) -> list[int]:
-        """What is made of a table while others load; returns the positions of the last ones."""
-        last = own
-        for line in entries.exclusive:
-            last = [self._add(size_bytes, self._make([line]), last)]
-        # Those that can be made at the same time come last, so that nothing is idle at the end.
-        last = [self._add(size_bytes, self._make([line]), last) for line in entries.shared] or last
-        if oid in self._unfinished:
-            return last
-        table = f"{quoted(name[0])}.{quoted(name[1])}"
-        self.analyzed.append(table)
-        return [self._add(size_bytes, lambda turn: self._loading.analyze([table], turn), last)]
-
-    def _add(
-        self, size_bytes: int, work: Callable[[Turn], None], after: Sequence[int] = (), *, is_elastic: bool = False
-    ) -> int:
-        self.units.append(Unit(size_bytes, work, is_elastic=is_elastic, after=tuple(after)))
-        return len(self.units) - 1
-
-    def _make(self, lines: Sequence[bytes]) -> Callable[[Turn], None]:
-        return lambda turn: self._loading.restore(self._archive, entries=lines, jobs=turn.slots)
-
-
 def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
     """Whether the one error of a `pg_restore` that went on after errors was that the server is too old for that setting.
 
@@ -321,14 +198,6 @@ def failed_only_to_set_transaction_timeout(ended: Ended) -> bool:
         and "Command was: SET transaction_timeout = 0;" in ended.stderr
         and ended.stderr[-1] == "pg_restore: warning: errors ignored on restore: 1"
     )
-
-
-def _but_rights(entries: Sequence[bytes]) -> list[bytes]:
-    return [entry for entry in entries if not are_rights(entry)]
-
-
-def _size(stream: Stream) -> int:
-    return sum(part.raw_size_bytes for part in stream.parts)
 
 
 class _Feeding:

@@ -84,6 +84,10 @@ def test_the_last_one_gets_every_slot_that_nobody_waits_for() -> None:
     assert slots == [1, "other"]
 
 
+def test_one_knows_whether_anybody_waited_when_its_turn_came() -> None:
+    assert Crew(1).run([Unit(size, lambda turn: turn.is_last) for size in (3, 2, 1)]) == [False, False, True]
+
+
 def test_what_may_wait_goes_last_however_big_it_is() -> None:
     crew, gauge = Crew(1), Gauge()
     threads = [in_thread(lambda: crew.run([Unit(1, gauge.work("first"))]))]

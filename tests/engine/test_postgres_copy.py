@@ -1,6 +1,7 @@
 """Bulk tables by COPY: every kind of table and value comes back equal, in ranges or whole, or the backup says why not."""
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from athena_backup.postgres.copy_out import CopySessions, count_rows
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
+from athena_backup.postgres.load_plan import IndexWorkers
 from athena_backup.postgres.rename import side_name
 from athena_backup.postgres.sessions import Database, parse_database_url, run_sql, session
 from athena_backup.postgres.staging import discard_staging
@@ -148,6 +150,44 @@ def test_indexes_and_constraints_come_back_equal_and_analyzed_though_made_while_
     assert rows(
         database, "SELECT count(*) FROM pg_stats_ext WHERE statistics_name = 'related' AND n_distinct IS NOT NULL"
     ) == [(1,)]
+
+
+@pytest.mark.parametrize("soon_bytes", [0, 1 << 40])
+def test_indexes_on_this_machine_are_made_with_no_more_workers_than_it_has_cores(
+    make_database: Make, local_store: LocalStore, soon_bytes: int
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    database = make_database(
+        "helped",
+        "CREATE FUNCTION proven(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN"
+        " IF current_database() LIKE '%athena_r%' AND current_setting('max_parallel_maintenance_workers')::int"
+        f" >= {cores} THEN RAISE EXCEPTION 'there are too many'; END IF; RETURN $1; END $$;"
+        "CREATE TABLE t AS SELECT i FROM generate_series(1, 100) i; CREATE INDEX ON t (proven(i))",
+    )
+    component = dump(database, local_store, **ALL_BY_COPY)
+    greedy = Database(
+        database.name, database.url.update_query_dict({"options": "-c max_parallel_maintenance_workers=1000"})
+    )
+    restore(component, greedy, local_store, jobs=2, soon_bytes=soon_bytes)
+    assert rows(database, "SELECT count(*) FROM pg_indexes WHERE tablename = 't'") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "allowed", "cores", "others", "expected"),
+    [
+        (2, 2, 2, 1, 0),
+        (2, 2, 2, 0, 1),
+        (2, 2, 16, 1, 2),
+        (4, 8, 16, 3, 3),
+        (8, 8, 2, 7, 0),
+        (1, 2, 1, 0, 0),
+        (2, None, 2, 1, None),
+    ],
+)
+def test_parallel_workers_share_the_cores_and_another_machines_server_decides_itself(
+    jobs: int, allowed: int | None, cores: int, others: int, expected: int | None
+) -> None:
+    assert IndexWorkers(jobs, allowed, cores).beside(others) == expected
 
 
 class LateStore(LocalStore):

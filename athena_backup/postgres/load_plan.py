@@ -1,0 +1,194 @@
+"""In which order a database is loaded: what can be done side by side, and what has to wait for what ("PostgreSQL", section 4)."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, text
+
+from athena_backup.crew import Turn, Unit
+from athena_backup.manifest import Stream
+from athena_backup.postgres.bulk import table_oid
+from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, but_rights
+from athena_backup.postgres.sessions import quoted
+
+if TYPE_CHECKING:
+    from athena_backup.postgres.load import Loading
+
+_PARALLEL_EXTENSION_SINCE = 160_000
+WORKERS = "max_parallel_maintenance_workers"
+# None of another machine's server, and of one that is older than the setting (11).
+_ALLOWED_WORKERS = text(
+    "SELECT CASE WHEN coalesce(pg_catalog.inet_server_addr() OPERATOR(pg_catalog.=) pg_catalog.inet_client_addr(), true)"
+    f" THEN pg_catalog.current_setting('{WORKERS}', true)::int END"
+)
+
+
+@dataclass(frozen=True)
+class IndexWorkers:
+    """How many processes the server takes to help with an index where it has to share its cores with us."""
+
+    jobs: int
+    """How many units can be at work."""
+    allowed: int | None
+    """What the server is set to; None where it is not to be changed."""
+    cores: int
+
+    @classmethod
+    def of(cls, connection: Connection, jobs: int) -> "IndexWorkers":
+        """As the server behind ``connection`` has it; one on another machine knows best itself."""
+        allowed = connection.execute(_ALLOWED_WORKERS).scalar_one()
+        return cls(jobs, allowed, len(os.sched_getaffinity(0)))
+
+    def beside(self, others: int) -> int | None:
+        """For each of several sessions at once, this one and ``others``; None: as the server is set.
+
+        With two more for each of two builds, six processes shared two cores with the session that loads the biggest table, for
+        which everything else waited in the end: 70 s instead of 45 (tried).
+        """
+        return None if self.allowed is None else max(0, min(self.allowed, self.cores // (others + 1) - 1))
+
+
+class Plan:
+    """The units of a load, each after what it needs."""
+
+    def __init__(
+        self,
+        loading: "Loading",
+        archive: str,
+        verbose: bytes,
+        sections: Mapping[str, Sequence[bytes]],
+        last: Sequence[tuple[str, str]],
+        workers: IndexWorkers,
+    ) -> None:
+        """``verbose``: the dump's list of contents; ``sections``: its entries by section; ``last``: the tables, by schema and
+        name, that are loaded one by one when all others are full.
+        """
+        self.units: list[Unit[None]] = []
+        self.analyzed: list[str] = []
+        """The tables that are analyzed by one of the units."""
+        self._loading = loading
+        self._archive = archive
+        self._workers = workers
+        data, after = sections["data"], sections["post-data"]
+        rights = [line for line in [*sections["pre-data"], *data] if are_rights(line)]
+        dump, *streams = loading.component.streams
+        tables: dict[tuple[str, str], list[Stream]] = {}
+        for stream in streams:
+            if stream.table is not None:
+                tables.setdefault((stream.table.schema_name, stream.table.name), []).append(stream)
+        oids = {name: oid for name, some in tables.items() if (oid := table_oid(some[0])) is not None}
+        contents = Contents(verbose, after)
+        soon = contents.of_tables()
+        # What is known of these is not all before the last unit; whoever sees to the rest analyzes them.
+        self._unfinished = contents.parents | contents.left_by(
+            frozenset(line for entries in soon.values() for line in entries.lines)
+        )
+        # First of all, as what it fills are most tables.
+        dumped = self._add(
+            loading.component.raw_size_bytes,
+            lambda turn: loading.restore(entries=but_rights(data), feed=dump, turn=turn),
+        )
+        loaded = {-1: [dumped]}
+        """By OID: after which units a table is full; -1: those of the dump."""
+        small = [line for oid, entries in soon.items() if oid not in oids.values() for line in entries.lines]
+        needs_of_small = [dumped]
+        made_at: dict[bytes, int] = {}
+        late = [name for name in last if name in tables]
+        for name in [*(name for name in tables if name not in late), *late]:
+            some, oid = tables[name], oids.get(name, -2)
+            # By what the table holds in all: the sooner its last range is in, the sooner its indexes can be made.
+            size_bytes = sum(map(_size, some))
+            needs = [one for units in loaded.values() for one in units] if name in late else []
+            count = min(len(some), self._connections(size_bytes, workers.jobs))
+            own = [
+                self._add(size_bytes, partial(loading.load, some[number::count], are_all=count == 1), needs)
+                for number in range(count)
+            ]
+            entries = soon.get(oid, TableEntries((), ()))
+            if size_bytes >= loading.soon_bytes:
+                own = self._add_entries(entries, name, oid, size_bytes, own)
+                made_at |= dict.fromkeys(entries.lines, own[-1])
+            else:
+                small += entries.lines
+                needs_of_small += own
+            loaded[oid] = [*loaded.get(oid, []), *own]
+        if small:
+            together = self._add(_size(dump), self._make(small), needs_of_small, is_elastic=True)
+            made_at |= dict.fromkeys(small, together)
+        everything = [one for units in loaded.values() for one in units] + [*made_at.values()]
+        full = {
+            oid: [*units, *(made_at[line] for line in soon[oid].lines if line in made_at)] if oid in soon else units
+            for oid, units in loaded.items()
+        }
+        everything += self._add_foreign_keys(contents.foreign_keys(), full, made_at)
+        rest = [*(line for line in after if line not in made_at), *rights]
+        if rest:
+            self._add(loading.component.raw_size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
+
+    def _add_foreign_keys(
+        self, keys: Sequence[ForeignKey], full: Mapping[int, Sequence[int]], made_at: dict[bytes, int]
+    ) -> list[int]:
+        """The foreign keys of big tables, one after the other, as two of one table would wait for each other's locks.
+
+        ``full``: after which units a table has its rows and indexes. Those between tables that are full sooner come first. Only
+        where every table is one of those that COPY loads.
+        """
+        possible = [key for key in keys if key.tables <= full.keys() and key.needs <= made_at.keys()]
+        units: list[int] = []
+        for key in sorted(possible, key=lambda one: max(max(full[table]) for table in one.tables)):
+            needs = {one for table in key.tables for one in full[table]} | {made_at[one] for one in key.needs}
+            units.append(self._add(0, self._make([key.line]), [*sorted(needs), *units[-1:]]))
+            made_at[key.line] = units[-1]
+        return units
+
+    def _connections(self, size_bytes: int, jobs: int) -> int:
+        """How many sessions load a table: one, unless the others would have nothing else to do.
+
+        One writes rows as frozen. And before version 16 several wait for each other whenever the table's file grows (tried: two
+        were hardly faster than one, for a third more of the server's processor time).
+        """
+        if self._loading.server < _PARALLEL_EXTENSION_SINCE:
+            return 1
+        return max(1, min(jobs, size_bytes * jobs // max(1, self._loading.component.raw_size_bytes)))
+
+    def _add_entries(
+        self, entries: TableEntries, name: tuple[str, str], oid: int, size_bytes: int, own: list[int]
+    ) -> list[int]:
+        """What is made of a table while others load; returns the positions of the last ones."""
+        last = own
+        for line in entries.exclusive:
+            last = [self._add(size_bytes, self._build(line), last)]
+        # Those that can be made at the same time come last, so that nothing is idle at the end.
+        last = [self._add(size_bytes, self._build(line), last) for line in entries.shared] or last
+        if oid in self._unfinished:
+            return last
+        table = f"{quoted(name[0])}.{quoted(name[1])}"
+        self.analyzed.append(table)
+        return [self._add(size_bytes, lambda turn: self._loading.analyze([table], turn), last)]
+
+    def _add(
+        self, size_bytes: int, work: Callable[[Turn], None], after: Sequence[int] = (), *, is_elastic: bool = False
+    ) -> int:
+        self.units.append(Unit(size_bytes, work, is_elastic=is_elastic, after=tuple(after)))
+        return len(self.units) - 1
+
+    def _make(self, lines: Sequence[bytes]) -> Callable[[Turn], None]:
+        workers = self._workers.beside(self._workers.jobs - 1)
+        return lambda turn: self._loading.restore(self._archive, entries=lines, jobs=turn.slots, workers=workers)
+
+    def _build(self, line: bytes) -> Callable[[Turn], None]:
+        """One index or key of a big table; the last of all is not left to one core."""
+        workers = self._workers
+
+        def work(turn: Turn) -> None:
+            others = 0 if turn.is_last else workers.jobs - 1
+            self._loading.restore(self._archive, entries=[line], workers=workers.beside(others))
+
+        return work
+
+
+def _size(stream: Stream) -> int:
+    return sum(part.raw_size_bytes for part in stream.parts)
