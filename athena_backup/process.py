@@ -28,7 +28,8 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _KEPT_BYTES = 8 << 20
 _KEPT_LIMIT_BYTES = 24 << 20
-_ARENAS = 2
+ARENAS = 2
+"""Heaps of the C library in each process of the service."""
 
 # Run between fork and exec in an interpreter of its own: `preexec_fn` may deadlock in a process with threads
 # (Python manual, subprocess), and prctl(2)'s PR_SET_PDEATHSIG (1) has to be set by the child itself. The look at the
@@ -139,7 +140,7 @@ def give_memory_back() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_LIMIT_BYTES)
-        mallopt(_M_ARENA_MAX, _ARENAS)
+        mallopt(_M_ARENA_MAX, ARENAS)
 
 
 @contextlib.contextmanager
