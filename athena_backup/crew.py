@@ -39,7 +39,7 @@ class Turn:
     Each call may take one more that nobody uses, or give all but one back to those that wait: it is to be asked often.
     """
     is_last: bool = False
-    """Whether nobody waited for a slot when its turn came: what others that are at work use becomes free."""
+    """Whether nobody waited for a slot when its turn came, and whatever was at work was smaller: it will be alone in the end."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Crew:
         self._free = jobs
         self._without_slot = 0
         self._waiting: list[_Waiting] = []
+        self._at_work: list[_Waiting] = []
         self._count = 0
         self._changed = threading.Condition()
 
@@ -145,7 +146,8 @@ class Crew:
         self._changed.notify_all()
 
     def _end(self, one: _Waiting) -> None:
-        """Count one that has ended or is not wanted any more; the lock is held."""
+        """Count one that has ended; the lock is held."""
+        self._at_work.remove(one)
         one.batch.left -= 1
         for other in one.batch.behind:
             other.before.discard(one.index)
@@ -156,9 +158,10 @@ class Crew:
         """Start whatever there is a slot for; the lock is held."""
         while self._free and self._waiting:
             one = heapq.heappop(self._waiting)
-            is_last = not self._waiting
-            slots = self._free if one.unit.is_elastic and is_last else 1
+            is_last = not self._waiting and all(other.unit.size_bytes < one.unit.size_bytes for other in self._at_work)
+            slots = self._free if one.unit.is_elastic and not self._waiting else 1
             self._free -= slots
+            self._at_work.append(one)
             try:
                 threading.Thread(target=self._do, args=(one, _Held(slots), is_last), name="crew", daemon=True).start()
             except RuntimeError as error:  # the system has no room for another thread

@@ -84,8 +84,18 @@ def test_the_last_one_gets_every_slot_that_nobody_waits_for() -> None:
     assert slots == [1, "other"]
 
 
-def test_one_knows_whether_anybody_waited_when_its_turn_came() -> None:
+def test_one_knows_whether_it_will_be_alone_in_the_end() -> None:
     assert Crew(1).run([Unit(size, lambda turn: turn.is_last) for size in (3, 2, 1)]) == [False, False, True]
+
+
+@pytest.mark.parametrize(("other_bytes", "is_last"), [(1, True), (2, False), (3, False)])
+def test_one_that_begins_beside_another_is_the_last_only_if_that_is_smaller(other_bytes: int, is_last: bool) -> None:
+    gauge, crew = Gauge(), Crew(2)
+    other = in_thread(lambda: crew.run([Unit(other_bytes, gauge.work("other"))]))
+    gauge.await_begun(1)
+    assert crew.run([Unit(2, lambda turn: turn.is_last)]) == [is_last]
+    gauge.opened.set()
+    other.join()
 
 
 def test_what_may_wait_goes_last_however_big_it_is() -> None:
