@@ -38,8 +38,11 @@ class Turn:
 
     Each call may take one more that nobody uses, or give all but one back to those that wait: it is to be asked often.
     """
-    is_last: bool = False
-    """Whether nobody waited for a slot when its turn came, and whatever was at work was smaller: it will be alone in the end."""
+    others: int = 0
+    """How many were at work beside it when its turn came, or waited for a slot, as far as there are slots for them.
+
+    Of those at work only what is at least half as big counts: the others have soon ended.
+    """
 
 
 @dataclass(frozen=True)
@@ -158,21 +161,22 @@ class Crew:
         """Start whatever there is a slot for; the lock is held."""
         while self._free and self._waiting:
             one = heapq.heappop(self._waiting)
-            is_last = not self._waiting and all(other.unit.size_bytes < one.unit.size_bytes for other in self._at_work)
+            large = sum(2 * other.unit.size_bytes >= one.unit.size_bytes for other in self._at_work)
+            others = min(large + len(self._waiting), self.jobs - 1)
             slots = self._free if one.unit.is_elastic and not self._waiting else 1
             self._free -= slots
             self._at_work.append(one)
             try:
-                threading.Thread(target=self._do, args=(one, _Held(slots), is_last), name="crew", daemon=True).start()
-            except RuntimeError as error:  # the system has no room for another thread
+                threading.Thread(target=self._do, args=(one, _Held(slots), others), name="crew", daemon=True).start()
+            except (RuntimeError, MemoryError) as error:  # the system has no room for another thread
                 self._free += slots
                 self._fail(one.batch, error)
                 self._end(one)
 
-    def _do(self, one: _Waiting, held: _Held, is_last: bool) -> None:
+    def _do(self, one: _Waiting, held: _Held, others: int) -> None:
         turn = Turn(
             *(held.slots, one.batch.check, lambda: self._give_back(held), lambda: self._slots_now(one.unit, held)),
-            is_last,
+            others,
         )
         try:
             one.batch.results[one.index] = one.context.run(one.unit.work, turn)

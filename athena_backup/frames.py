@@ -1,7 +1,7 @@
 """What is in a stream of zstd frames, fed in pieces of any size, in bounded memory whatever the frames say (RFC 8878).
 
-A frame that says how little it holds, as all do that `pipeline` writes, is gathered and decompressed by one call. Any other goes
-through zstd's own stream in tiny slices, as python-zstandard has no bound on what one call of that returns.
+A frame that says how little it holds, as those do that `pipeline` writes, is gathered and decompressed by one call. Any other
+goes through a decompressor for streams in tiny slices, as that has no bound on what one call returns.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,16 @@ PIECE_LIMIT_BYTES = _SLICE_BYTES << 15
 With slices of 4 KiB two restores side by side of files full of zeros took 550 MB; smaller ones than 1 cost more time than they
 save memory (tried).
 """
-# Above the window of every level that we write; a hostile frame could otherwise ask for gigabytes (3.1.1.1.2).
-_WINDOW_LIMIT_BYTES = 128 << 20
+# As a hostile frame could ask for gigabytes: what every decoder should support (3.1.1.1.2), and no level that we write exceeds.
+_WINDOW_LIMIT_BYTES = 8 << 20
+_GATHERED_LIMIT_BYTES = 16 << 20
+"""Of raw bytes in a frame that is gathered; `pipeline` writes 4 MiB, or little more than its source hands out at once."""
 _MAGIC = (0xFD2FB528).to_bytes(4, "little")
 _BLOCK_HEADER_BYTES = 3
 _CHECKSUM_BYTES = 4
 _RLE_BLOCK, _RESERVED_BLOCK = 1, 3
-_HEADERS_LIMIT_BYTES = 64 << 10
-"""What a gathered frame may have beyond what it says to hold: incompressible blocks have a header of 3 bytes each."""
+_BLOCKS_LIMIT = 4_096
+"""Of a frame that is gathered, which has some 130 of them: another may hold nothing in each of a million."""
 
 
 class FrameReader:
@@ -41,7 +43,10 @@ class FrameReader:
         return self._is_begun and not self._waiting and self._streamed is None
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The raw bytes of all frames that end in ``chunk``, and of one that has to be streamed what is known of it."""
+        """The raw bytes of all frames that end in ``chunk``, and of one that has to be streamed what is known of it.
+
+        An empty piece says that there is more to do: whoever has to look around can.
+        """
         self._waiting += chunk
         while self._waiting:
             self._is_begun = True
@@ -53,11 +58,10 @@ class FrameReader:
                 yield from self._sliced()
 
     def _gathered(self) -> Iterator[bytes]:
-        with memoryview(self._waiting) as waiting:
-            frame = bytes(waiting[: self._outline.end])
-        del self._waiting[: len(frame)]
+        with memoryview(self._waiting) as waiting, waiting[: self._outline.end] as frame:
+            raw = self._context.decompress(frame)
+        del self._waiting[: self._outline.end]
         self._outline = _Outline()
-        raw = self._context.decompress(frame)
         if raw:
             yield raw
 
@@ -65,12 +69,10 @@ class FrameReader:
         frame = self._streamed = self._streamed or self._context.decompressobj()
         while self._waiting and not frame.eof:
             piece = bytes(self._waiting[:_SLICE_BYTES])
-            del self._waiting[: len(piece)]
             raw = frame.decompress(piece)
-            if raw:
-                yield raw
+            del self._waiting[: len(piece) - len(frame.unused_data)]
+            yield raw
         if frame.eof:
-            self._waiting[:0] = frame.unused_data
             self._streamed, self._outline = None, _Outline()
 
 
@@ -79,10 +81,11 @@ class _Outline:
 
     def __init__(self) -> None:
         self.is_bounded = True
-        """Whether it says to hold something, no more than a piece, and needs no more than that."""
+        """Whether it says to hold something, but little, and needs no more than that."""
         self.end = 0
         """How many bytes it has, once it is known."""
         self._block_at = 0
+        self._blocks = 0
         self._limit_bytes = 0
         self._checksum_bytes = 0
 
@@ -94,7 +97,8 @@ class _Outline:
             block = int.from_bytes(data[self._block_at : self._block_at + _BLOCK_HEADER_BYTES], "little")
             is_last, kind, size_bytes = block & 1, block >> 1 & 3, block >> 3
             self._block_at += _BLOCK_HEADER_BYTES + (1 if kind == _RLE_BLOCK else size_bytes)
-            if kind == _RESERVED_BLOCK or self._block_at > self._limit_bytes:
+            self._blocks += 1
+            if kind == _RESERVED_BLOCK or self._blocks > _BLOCKS_LIMIT or self._block_at > self._limit_bytes:
                 self.is_bounded = False
                 return True
             if is_last:
@@ -115,10 +119,10 @@ class _Outline:
         if len(data) < header_bytes:
             return False
         content_bytes = zstandard.frame_content_size(bytes(data[:header_bytes]))
-        if not 0 < content_bytes <= PIECE_LIMIT_BYTES:
+        if not 0 < content_bytes <= _GATHERED_LIMIT_BYTES:
             self.is_bounded = False  # for one that says to hold nothing python-zstandard does not look whether it does
             return False
         self._block_at = header_bytes
-        self._limit_bytes = content_bytes + _HEADERS_LIMIT_BYTES
+        self._limit_bytes = header_bytes + content_bytes + _BLOCKS_LIMIT * _BLOCK_HEADER_BYTES
         self._checksum_bytes = _CHECKSUM_BYTES * (descriptor >> 2 & 1)
         return True

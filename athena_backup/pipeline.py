@@ -239,7 +239,8 @@ def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes
                     raise _damaged(
                         part, f"it holds more than the {part.raw_size_bytes} bytes that the manifest promises"
                     )
-                yield raw
+                if raw:
+                    yield raw
     except zstandard.ZstdError as error:
         raise _damaged(part, f"it is no whole zstd stream: {error}") from error
     if size_bytes != part.size_bytes:

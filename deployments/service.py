@@ -55,8 +55,6 @@ def service_environment(settings: Settings, prefect_api_url: str) -> dict[str, s
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
         "PREFECT_LOGGING_SERVER_LEVEL": os.environ.get("PREFECT_LOGGING_SERVER_LEVEL", "WARNING"),
         "PREFECT_CLI_PROMPT": "false",
-        # Each thread would have the C library open a heap of its own (mallopt(3)), and each heap keeps what is freed in it: a run
-        # that has limited their number only once Prefect's threads had theirs took 60 to 90 MB more (tried).
         "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", str(ARENAS)),
     }
 

@@ -85,8 +85,8 @@ class Loading:
             crew.run([Unit(self.component.raw_size_bytes, lambda _: self.restore(archive, entries=schema))])
             with session(self.staging.url) as connection:
                 last = list(order_dependent_tables(connection).values())
-                workers = IndexWorkers.of(connection, crew.jobs)
-            plan = Plan(self, archive, head.listing("--verbose"), sections, last, workers)
+                workers = IndexWorkers.of(connection)
+            plan = Plan(self, archive, head.listing("--verbose"), sections, last, crew.jobs, workers)
             crew.run(plan.units)
         self._analyze_rest(crew, frozenset(plan.analyzed))
 
@@ -124,7 +124,7 @@ class Loading:
             command += ["--exit-on-error", f"--jobs={jobs}"] if jobs > 1 else ["--exit-on-error"]
         url = self.staging.url
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
-        if workers is not None:
+        if workers is not None and WORKERS not in environment["PGOPTIONS"]:  # which the URL may give
             environment["PGOPTIONS"] += f" -c {WORKERS}={workers}"
         feeding = None
         with contextlib.ExitStack() as stack:

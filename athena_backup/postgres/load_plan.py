@@ -1,6 +1,7 @@
 """In which order a database is loaded: what can be done side by side, and what has to wait for what ("PostgreSQL", section 4)."""
 
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +13,17 @@ from athena_backup.crew import Turn, Unit
 from athena_backup.manifest import Stream
 from athena_backup.postgres.bulk import table_oid
 from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, but_rights
-from athena_backup.postgres.sessions import quoted
+from athena_backup.postgres.sessions import driver_of, quoted
 
 if TYPE_CHECKING:
     from athena_backup.postgres.load import Loading
 
 _PARALLEL_EXTENSION_SINCE = 160_000
 WORKERS = "max_parallel_maintenance_workers"
-# None of another machine's server, and of one that is older than the setting (11).
-_ALLOWED_WORKERS = text(
-    "SELECT CASE WHEN coalesce(pg_catalog.inet_server_addr() OPERATOR(pg_catalog.=) pg_catalog.inet_client_addr(), true)"
-    f" THEN pg_catalog.current_setting('{WORKERS}', true)::int END"
+_SERVERS_SIDE = text(
+    "SELECT pg_catalog.host(pg_catalog.inet_server_addr()) AS server, pg_catalog.host(pg_catalog.inet_client_addr()) AS client,"
+    # Null in a server that is older than the setting (11).
+    f" pg_catalog.inet_client_port() AS client_port, pg_catalog.current_setting('{WORKERS}', true)::int AS allowed"
 )
 
 
@@ -30,17 +31,24 @@ _ALLOWED_WORKERS = text(
 class IndexWorkers:
     """How many processes the server takes to help with an index where it has to share its cores with us."""
 
-    jobs: int
-    """How many units can be at work."""
     allowed: int | None
     """What the server is set to; None where it is not to be changed."""
     cores: int
 
     @classmethod
-    def of(cls, connection: Connection, jobs: int) -> "IndexWorkers":
-        """As the server behind ``connection`` has it; one on another machine knows best itself."""
-        allowed = connection.execute(_ALLOWED_WORKERS).scalar_one()
-        return cls(jobs, allowed, len(os.sched_getaffinity(0)))
+    def of(cls, connection: Connection) -> "IndexWorkers":
+        """As the server behind ``connection`` has it; one on another machine knows best itself.
+
+        It is on ours if both ends of the connection say the same: behind a relay (`ssh -L`, `kubectl port-forward`, a pooler) the
+        server sees another port than ours. Where a socket in a file leads is not known; its server is nearly always here.
+        """
+        found = connection.execute(_SERVERS_SIDE).one()
+        with socket.socket(fileno=os.dup(driver_of(connection).fileno())) as own:
+            if own.family == socket.AF_UNIX:
+                is_ours = found.server is None
+            else:
+                is_ours = found.server == found.client and found.client_port == own.getsockname()[1]
+        return cls(found.allowed if is_ours else None, len(os.sched_getaffinity(0)))
 
     def beside(self, others: int) -> int | None:
         """For each of several sessions at once, this one and ``others``; None: as the server is set.
@@ -61,10 +69,11 @@ class Plan:
         verbose: bytes,
         sections: Mapping[str, Sequence[bytes]],
         last: Sequence[tuple[str, str]],
+        jobs: int,
         workers: IndexWorkers,
     ) -> None:
         """``verbose``: the dump's list of contents; ``sections``: its entries by section; ``last``: the tables, by schema and
-        name, that are loaded one by one when all others are full.
+        name, that are loaded one by one when all others are full; ``jobs``: how many units can be at work.
         """
         self.units: list[Unit[None]] = []
         self.analyzed: list[str] = []
@@ -102,7 +111,7 @@ class Plan:
             # By what the table holds in all: the sooner its last range is in, the sooner its indexes can be made.
             size_bytes = sum(map(_size, some))
             needs = [one for units in loaded.values() for one in units] if name in late else []
-            count = min(len(some), self._connections(size_bytes, workers.jobs))
+            count = min(len(some), self._connections(size_bytes, jobs))
             own = [
                 self._add(size_bytes, partial(loading.load, some[number::count], are_all=count == 1), needs)
                 for number in range(count)
@@ -160,9 +169,9 @@ class Plan:
         """What is made of a table while others load; returns the positions of the last ones."""
         last = own
         for line in entries.exclusive:
-            last = [self._add(size_bytes, self._build(line), last)]
+            last = [self._add(size_bytes, self._make([line]), last)]
         # Those that can be made at the same time come last, so that nothing is idle at the end.
-        last = [self._add(size_bytes, self._build(line), last) for line in entries.shared] or last
+        last = [self._add(size_bytes, self._make([line]), last) for line in entries.shared] or last
         if oid in self._unfinished:
             return last
         table = f"{quoted(name[0])}.{quoted(name[1])}"
@@ -176,16 +185,12 @@ class Plan:
         return len(self.units) - 1
 
     def _make(self, lines: Sequence[bytes]) -> Callable[[Turn], None]:
-        workers = self._workers.beside(self._workers.jobs - 1)
-        return lambda turn: self._loading.restore(self._archive, entries=lines, jobs=turn.slots, workers=workers)
-
-    def _build(self, line: bytes) -> Callable[[Turn], None]:
-        """One index or key of a big table; the last of all is not left to one core."""
-        workers = self._workers
+        """Some of the dump's entries, by as many sessions as the unit has slots."""
 
         def work(turn: Turn) -> None:
-            others = 0 if turn.is_last else workers.jobs - 1
-            self._loading.restore(self._archive, entries=[line], workers=workers.beside(others))
+            sessions = min(turn.slots, len(lines))
+            workers = self._workers.beside(turn.others + sessions - 1)
+            self._loading.restore(self._archive, entries=lines, jobs=sessions, workers=workers)
 
         return work
 

@@ -9,30 +9,44 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 BLOCK_BYTES = 4 << 20
 """What one write hands to the disk; what is left of a file at its end goes through the page cache."""
 
 
 def write_direct(file: int, chunks: Iterable[bytes]) -> None:
-    """Write all ``chunks`` into the open, empty ``file``; to sync and to close it is the caller's.
+    """Write all ``chunks`` into the open, empty ``file``, one block while the next is filled; to sync and close it is the caller's.
 
-    Raises `OSError` of a write, and whatever ``chunks`` raises.
+    Raises `OSError` where the disk, or a lack of memory, has one, and whatever ``chunks`` raises; nothing is being written then.
     """
-    # A direct write wants its memory aligned, and shared: a fork meanwhile could otherwise change what is written (open(2),
-    # Notes), and children are started at any time. It is not closed here, where an error's traceback may still hold views.
-    block = memoryview(mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_SHARED))
+    block, other = _memory(), _memory()
     filled = 0
-    for chunk in chunks:
-        rest = memoryview(chunk)
-        while rest:
-            taken = min(len(rest), BLOCK_BYTES - filled)
-            block[filled : filled + taken] = rest[:taken]
-            rest, filled = rest[taken:], filled + taken
-            if filled == BLOCK_BYTES:
-                _write_block(file, block)
-                filled = 0
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1, "disk") as writer:
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                taken = min(len(rest), BLOCK_BYTES - filled)
+                block[filled : filled + taken] = rest[:taken]
+                rest, filled = rest[taken:], filled + taken
+                if filled == BLOCK_BYTES:
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(_write_block, file, block)
+                    block, other, filled = other, block, 0
+        if writing is not None:
+            writing.result()
     _write_all(file, block[:filled])
+
+
+def _memory() -> memoryview:
+    """Room for a block, aligned as a direct write wants it.
+
+    Shared, as a fork could otherwise change what is being written (open(2), Notes), and children are started at any time. It is
+    never closed by name: an error's traceback may still hold views of it.
+    """
+    return memoryview(mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_SHARED))
 
 
 def _write_block(file: int, block: memoryview) -> None:

@@ -84,18 +84,23 @@ def test_the_last_one_gets_every_slot_that_nobody_waits_for() -> None:
     assert slots == [1, "other"]
 
 
-def test_one_knows_whether_it_will_be_alone_in_the_end() -> None:
-    assert Crew(1).run([Unit(size, lambda turn: turn.is_last) for size in (3, 2, 1)]) == [False, False, True]
+def test_one_knows_how_many_others_wait_when_its_turn_comes_as_far_as_there_are_slots() -> None:
+    assert Crew(1).run([Unit(1, lambda turn: turn.others)] * 3) == [0, 0, 0]
+    gauge, crew = Gauge(), Crew(2)
+    gauge.opened.set()
+    units = [Unit(9, lambda turn: turn.others), *(Unit(1, gauge.work(number)) for number in range(5))]
+    assert crew.run(units)[0] == 1
 
 
-@pytest.mark.parametrize(("other_bytes", "is_last"), [(1, True), (2, False), (3, False)])
-def test_one_that_begins_beside_another_is_the_last_only_if_that_is_smaller(other_bytes: int, is_last: bool) -> None:
+@pytest.mark.parametrize(("other_bytes", "others"), [(0, 0), (4, 0), (5, 1), (10, 1), (1_000, 1)])
+def test_of_others_at_work_only_those_count_that_are_not_much_smaller(other_bytes: int, others: int) -> None:
     gauge, crew = Gauge(), Crew(2)
     other = in_thread(lambda: crew.run([Unit(other_bytes, gauge.work("other"))]))
     gauge.await_begun(1)
-    assert crew.run([Unit(2, lambda turn: turn.is_last)]) == [is_last]
+    assert crew.run([Unit(10, lambda turn: turn.others)]) == [others]
     gauge.opened.set()
-    other.join()
+    other.join(20)
+    assert crew.run([Unit(10, lambda turn: turn.others)]) == [0]
 
 
 def test_what_may_wait_goes_last_however_big_it_is() -> None:

@@ -6,7 +6,8 @@ import fcntl
 import itertools
 import mmap
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,79 @@ def test_a_file_system_that_refuses_direct_writes_gets_ordinary_ones(
     assert refused == 2
 
 
+def test_what_a_direct_write_leaves_is_written_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, shortened = os.write, 0
+
+    def written(file: int, data: memoryview) -> int:
+        nonlocal shortened
+        if len(data) == BLOCK_BYTES:
+            shortened += 1
+            return put(file, data[: 1 << 20])
+        return put(file, data)
+
+    monkeypatch.setattr(os, "write", written)
+    content = os.urandom(3 * BLOCK_BYTES + 17)
+    write(tmp_path / "file", [content])
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == content
+    assert shortened == 3
+
+
+def test_the_next_block_is_filled_while_one_is_written_and_no_third_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, filled, may_write = os.write, 0, threading.Event()
+    blocks = [os.urandom(BLOCK_BYTES) for _ in range(3)]
+
+    def written(file: int, data: memoryview) -> int:
+        assert may_write.wait(20)
+        return put(file, data)
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal filled
+        for block in blocks:
+            if filled == 1:
+                may_write.set()  # the first one is being written: that we are asked for more is the proof
+            filled += 1
+            yield block
+
+    monkeypatch.setattr(os, "write", written)
+    write(tmp_path / "file", chunks())
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"".join(blocks)
+
+
+def test_a_source_that_fails_is_told_when_nothing_is_being_written_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, is_writing = os.write, False
+
+    def written(file: int, data: memoryview) -> int:
+        nonlocal is_writing
+        is_writing = True
+        failed.wait(20)
+        done = put(file, data)
+        is_writing = False
+        return done
+
+    failed = threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        yield bytes(BLOCK_BYTES)
+        threading.Timer(0.2, failed.set).start()
+        raise ValueError("the source")
+
+    monkeypatch.setattr(os, "write", written)
+    with pytest.raises(ValueError, match="the source"):
+        write(tmp_path / "file", chunks())
+    assert not is_writing
+
+
 def test_a_write_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space"):
-        write(tmp_path / "file", [bytes(BLOCK_BYTES)])
+    for blocks in (1, 2, 5):
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path / f"file {blocks}", [bytes(BLOCK_BYTES)] * blocks)

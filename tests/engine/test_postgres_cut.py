@@ -1,7 +1,6 @@
 """The cut: one instant over all databases of a server, held to the end, or a fault that says why not."""
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from relays import relayed
 
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.operation import Operation
@@ -249,41 +249,7 @@ def test_ddl_that_waits_too_long_ends_the_backup_even_when_its_text_is_hidden_fr
 def test_a_connection_pooler_is_refused(postgres: EmbeddedServer) -> None:
     with (
         made_databases(postgres, 1) as [database],
-        pooler_like(postgres.port) as port,
+        relayed(postgres.port, is_pooler=True) as port,
         hold_cut([Database("pooled", database.url.set(port=port))], Operation()) as cut,
     ):
         assert "pooler" in str(cut.faults["pooled"])
-
-
-@contextlib.contextmanager
-def pooler_like(target: int) -> Iterator[int]:
-    """A relay that, like PgBouncer, hands out a process id of its own (the message BackendKeyData)."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    connections: list[socket.socket] = []
-
-    def relay(source: socket.socket, sink: socket.socket, *, change: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                key = data.find(b"K\x00\x00\x00\x0c") if change else -1
-                if key >= 0:
-                    data = data[: key + 5] + b"\x00\x00\x00\x07" + data[key + 9 :]
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", target))
-                connections.extend((client, server))
-                threading.Thread(target=relay, args=(client, server), kwargs={"change": False}, daemon=True).start()
-                threading.Thread(target=relay, args=(server, client), kwargs={"change": True}, daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.close()
-        for one in connections:
-            one.close()

@@ -1,0 +1,40 @@
+"""A server's port through a third party."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def relayed(target: int, *, is_pooler: bool = False) -> Iterator[int]:
+    """A port that leads to another; a pooler hands out a process id of its own, like PgBouncer (the message BackendKeyData)."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections: list[socket.socket] = []
+
+    def relay(source: socket.socket, sink: socket.socket, *, change: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                key = data.find(b"K\x00\x00\x00\x0c") if change else -1
+                if key >= 0:
+                    data = data[: key + 5] + b"\x00\x00\x00\x07" + data[key + 9 :]
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", target))
+                connections.extend((client, server))
+                threading.Thread(target=relay, args=(client, server), kwargs={"change": False}, daemon=True).start()
+                threading.Thread(target=relay, args=(server, client), kwargs={"change": is_pooler}, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()
+        for one in connections:
+            one.close()
