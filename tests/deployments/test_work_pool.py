@@ -45,7 +45,11 @@ def worker(environment: dict[str, str], tmp_path: Path) -> Iterator[None]:
         process = subprocess.Popen(start, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     yield
     process.terminate()
-    process.wait(60)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()  # once it hung after the signal (Prefect 3.8.8); whether a worker stops is not what is tested here
+        process.wait()
 
 
 @pytest.mark.usefixtures("worker")
