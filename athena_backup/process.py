@@ -135,7 +135,7 @@ def give_memory_back() -> None:
     The large ones are upload parts. Left alone, glibc keeps them for later in each thread's heap after the first was freed, and
     a backup into an object store holds a quarter more. The smaller ones are blocks on their way through: returning these costs
     a page fault for every page of every block, a tenth of a backup's processor time (tried); so up to 24 MiB of them are kept in
-    each of two heaps, which leaves a seventh of the faults that 8 MiB left. With 32 MiB in four the process of a backup into S3
+    each of two heaps, which leaves a third of the faults that 8 MiB left. With 32 MiB in four the process of a backup into S3
     held 455 MB; 400 are allowed (design.md, section 7).
     Other C libraries have no such call, and no such habit.
     """

@@ -8,8 +8,8 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 BLOCK_BYTES = 4 << 20
 """What one write hands to the disk; what is left of a file at its end goes through the page cache."""
@@ -22,8 +22,8 @@ def write_direct(file: int, chunks: Iterable[bytes]) -> None:
     """
     block, other = _memory(), _memory()
     filled = 0
-    writing: Future[None] | None = None
-    with ThreadPoolExecutor(1, "disk") as writer:
+    writing: _Writing | None = None
+    try:
         for chunk in chunks:
             rest = memoryview(chunk)
             while rest:
@@ -32,12 +32,40 @@ def write_direct(file: int, chunks: Iterable[bytes]) -> None:
                 rest, filled = rest[taken:], filled + taken
                 if filled == BLOCK_BYTES:
                     if writing is not None:
-                        writing.result()
-                    writing = writer.submit(_write_block, file, block)
+                        writing.finish()
+                    writing = _Writing(file, block)
                     block, other, filled = other, block, 0
+    finally:
         if writing is not None:
-            writing.result()
+            writing.wait()
+    if writing is not None:
+        writing.finish()
     _write_all(file, block[:filled])
+
+
+class _Writing:
+    """A block on its way to the disk, in a thread that keeps no process from ending when the disk hangs; an executor's would."""
+
+    def __init__(self, file: int, block: memoryview) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, args=(file, block), name="disk", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        self._thread.join()
+
+    def finish(self) -> None:
+        """Wait, and raise what the writing raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, file: int, block: memoryview) -> None:
+        try:
+            _write_block(file, block)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            self._error = error
 
 
 def _memory() -> memoryview:

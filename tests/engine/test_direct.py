@@ -6,6 +6,8 @@ import fcntl
 import itertools
 import mmap
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -173,6 +175,37 @@ def test_a_source_that_fails_is_told_when_nothing_is_being_written_any_more(
     with pytest.raises(ValueError, match="the source"):
         write(tmp_path / "file", chunks())
     assert not is_writing
+
+
+HANGING = """
+import os, sys, threading
+from pathlib import Path
+from athena_backup.errors import AthenaError
+from athena_backup.operation import Operation
+from athena_backup.pipeline import Source, write_stream
+from athena_backup.store import direct
+from athena_backup.store.local import LocalStore
+
+operation = Operation()
+
+def hang(file, block):
+    operation.cancel("somebody did")
+    threading.Event().wait()
+
+direct._write_block = hang
+source = Source("edweb", lambda _: (os.urandom(1 << 20) for _ in range(20)))
+try:
+    write_stream(source, LocalStore(sys.argv[1]), lambda number: f"set/{number}", operation)
+except AthenaError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_hangs_keeps_no_cancelled_process_from_ending(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGING, str(tmp_path)], timeout=60, check=True, capture_output=True, text=True
+    )
+    assert "somebody did" in ended.stdout
 
 
 def test_a_write_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
