@@ -1,7 +1,6 @@
 """Bulk tables by COPY: every kind of table and value comes back equal, in ranges or whole, or the backup says why not."""
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from relays import relayed
 from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage, stock_dump
 from sqlalchemy import text
 
@@ -24,7 +22,6 @@ from athena_backup.postgres.copy_out import CopySessions, count_rows
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
-from athena_backup.postgres.load_plan import IndexWorkers
 from athena_backup.postgres.rename import side_name
 from athena_backup.postgres.sessions import Database, parse_database_url, run_sql, session
 from athena_backup.postgres.staging import discard_staging
@@ -151,67 +148,6 @@ def test_indexes_and_constraints_come_back_equal_and_analyzed_though_made_while_
     assert rows(
         database, "SELECT count(*) FROM pg_stats_ext WHERE statistics_name = 'related' AND n_distinct IS NOT NULL"
     ) == [(1,)]
-
-
-@contextlib.contextmanager
-def greedy_role(database: Database) -> Iterator[Database]:
-    """The database by a superuser whose sessions would take a thousand workers."""
-    sql(database, "CREATE ROLE greedy SUPERUSER LOGIN")
-    sql(database, "ALTER ROLE greedy SET max_parallel_maintenance_workers = 1000")
-    try:
-        yield Database(database.name, database.url.set(username="greedy"))
-    finally:
-        sql(database, "DROP ROLE greedy")
-
-
-@pytest.mark.parametrize("soon_bytes", [0, 1 << 40])
-def test_an_index_that_is_made_alone_on_this_machine_gets_as_many_workers_as_other_cores(
-    make_database: Make, local_store: LocalStore, soon_bytes: int
-) -> None:
-    cores = len(os.sched_getaffinity(0))
-    database = make_database(
-        "helped",
-        "CREATE FUNCTION proven(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN"
-        " IF current_database() LIKE '%athena_r%' AND current_setting('max_parallel_maintenance_workers')::int"
-        f" <> {cores - 1} THEN RAISE EXCEPTION 'there are too many or too few'; END IF; RETURN $1; END $$;"
-        "CREATE TABLE t AS SELECT i FROM generate_series(1, 100) i; CREATE INDEX ON t (proven(i))",
-    )
-    component = dump(database, local_store, **ALL_BY_COPY)
-    with greedy_role(database) as greedy:
-        restore(component, greedy, local_store, jobs=2, soon_bytes=soon_bytes)
-    assert rows(database, "SELECT count(*) FROM pg_indexes WHERE tablename = 't'") == [(1,)]
-
-
-def test_a_server_behind_a_relay_is_another_machines_and_decides_itself(make_database: Make) -> None:
-    database = make_database("far", "SELECT 1")
-    with session(database.url) as connection:
-        assert IndexWorkers.of(connection).allowed == 2
-    with relayed(database.url.port or 0) as port, session(database.url.set(port=port)) as connection:
-        assert IndexWorkers.of(connection).allowed is None
-
-
-def test_what_the_url_says_of_workers_is_left_alone(make_database: Make, local_store: LocalStore) -> None:
-    database = make_database(
-        "told",
-        "CREATE FUNCTION proven(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN"
-        " IF current_database() LIKE '%athena_r%' AND current_setting('max_parallel_maintenance_workers') <> '77'"
-        " THEN RAISE EXCEPTION 'they are others'; END IF; RETURN $1; END $$;"
-        "CREATE TABLE t AS SELECT i FROM generate_series(1, 100) i; CREATE INDEX ON t (proven(i))",
-    )
-    component = dump(database, local_store, **ALL_BY_COPY)
-    url = database.url.update_query_dict({"options": "-c max_parallel_maintenance_workers=77"})
-    restore(component, Database(database.name, url), local_store, jobs=2, soon_bytes=0)
-    assert rows(database, "SELECT count(*) FROM pg_indexes WHERE tablename = 't'") == [(1,)]
-
-
-@pytest.mark.parametrize(
-    ("allowed", "cores", "others", "expected"),
-    [(2, 2, 1, 0), (2, 2, 0, 1), (2, 16, 1, 2), (8, 16, 3, 3), (8, 2, 7, 0), (2, 1, 0, 0), (None, 2, 1, None)],
-)
-def test_parallel_workers_share_the_cores_and_another_machines_server_decides_itself(
-    allowed: int | None, cores: int, others: int, expected: int | None
-) -> None:
-    assert IndexWorkers(allowed, cores).beside(others) == expected
 
 
 class LateStore(LocalStore):
