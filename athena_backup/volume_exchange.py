@@ -23,6 +23,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Component
 from athena_backup.operation import Operation
@@ -67,6 +68,7 @@ def stage_volume(
     restore_id: str,
     operation: Operation,
     *,
+    crew: Crew | None = None,
     allow_devices: bool = False,
     owner_map: OwnerMap | None = None,
     accept_metadata_loss: bool = False,
@@ -84,6 +86,7 @@ def stage_volume(
                 store,
                 new,
                 operation,
+                crew=crew,
                 allow_devices=allow_devices,
                 owner_map=owner_map,
                 accept_metadata_loss=accept_metadata_loss,

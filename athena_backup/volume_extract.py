@@ -10,17 +10,19 @@ import errno
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, DamagedError, DeniedError, FinalError, FullError
 from athena_backup.manifest import Component
 from athena_backup.operation import Operation
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
 from athena_backup.volume_pax import BLOCK, CHARACTER, DIRECTORY, FIFO, FILE, HARD_LINK, SYMLINK, Member
-from athena_backup.volume_read import Content, checked_path, read_archives
+from athena_backup.volume_read import Content, Receiver, checked_path, read_archives
 
 OwnerMap = Mapping[tuple[int, int], tuple[int, int]]
 """From uid and gid in the set to uid and gid here."""
@@ -49,15 +51,17 @@ def read_volume(
     staging: Path | int,
     operation: Operation,
     *,
+    crew: Crew | None = None,
     allow_devices: bool = False,
     owner_map: OwnerMap | None = None,
     accept_metadata_loss: bool = False,
 ) -> RestoredVolume:
     """Extract every archive of a volume into the empty folder ``staging`` (a path or an open descriptor).
 
-    The folder itself gets mode, owner, attributes and time of the volume's root. Raises `DamagedError` unless everything that
-    component.json promises was found, `FinalError` for a member that a volume can't have, `DeniedError` for attributes that
-    may not be set here (with ``accept_metadata_loss`` they are left out and told), and `FullError`.
+    As many archives are extracted at once as ``crew`` has slots. The folder itself gets mode, owner, attributes and time of
+    the volume's root. Raises `DamagedError` unless everything that component.json promises was found, `FinalError` for a
+    member that a volume can't have, `DeniedError` for attributes that may not be set here (with ``accept_metadata_loss`` they
+    are left out and told), and `FullError`.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(staging, Path):
@@ -65,8 +69,8 @@ def read_volume(
                 staging = os.open(staging, _DIRECTORY_FLAGS)
             stack.callback(os.close, staging)
         dresser = _Dresser(owner_map or {}, accepts_loss=accept_metadata_loss)
-        tree = stack.enter_context(_Tree(staging, dresser, allow_devices=allow_devices))
-        read_archives(component, store, operation, tree.make)
+        tree = _Tree(staging, dresser, allow_devices=allow_devices)
+        read_archives(component, store, operation, tree.receiving, crew)
         tree.finish(operation)
         return RestoredVolume(members=tree.members, losses=dresser.losses())
 
@@ -78,6 +82,7 @@ class _Dresser:
     owner_map: OwnerMap
     accepts_loss: bool
     _lost: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def dress(self, path: bytes, member: Member, descriptor: int) -> None:
         """Dress what is open."""
@@ -120,8 +125,9 @@ class _Dresser:
         except OSError as error:
             if not self.accepts_loss or error.errno not in _METADATA_REFUSED:
                 raise
-            count, first = self._lost.get(what, (0, path))
-            self._lost[what] = (count + 1, first)
+            with self._lock:
+                count, first = self._lost.get(what, (0, path))
+                self._lost[what] = (count + 1, first)
             return False
         return True
 
@@ -138,23 +144,78 @@ class _Tree:
 
     def __init__(self, root: int, dresser: _Dresser, *, allow_devices: bool) -> None:
         self.members = 0
-        self._root = root
-        self._dresser = dresser
-        self._allow_devices = allow_devices
+        self.root = root
+        self.dresser = dresser
+        self.allow_devices = allow_devices
         self._symlinks: list[tuple[bytes, Member]] = []
         self._directories: dict[bytes, Member] = {}
         self._made_folders = 1  # the root
-        self._cached: tuple[bytes, int] = (b"", os.dup(root))
+        self._lock = threading.Lock()
 
-    def __enter__(self) -> "_Tree":
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[Receiver]:
+        """What makes the entries of one archive, whatever others make meanwhile."""
+        with _Hand(self) as hand:
+            yield hand.make
+
+    def count(self) -> None:
+        """Note another entry."""
+        with self._lock:
+            self.members += 1
+
+    def note_symlink(self, path: bytes, member: Member) -> None:
+        """Note what is to be made when every file is there."""
+        with self._lock:
+            self._symlinks.append((path, member))
+
+    def note_directory(self, path: bytes, member: Member) -> None:
+        """Note what a folder is to look like in the end; raises for a second opinion."""
+        with self._lock:
+            if path in self._directories:
+                raise _twice(path)
+            self._directories[path] = member
+
+    def make_folder(self, parent: int, name: bytes) -> None:
+        """Make a folder in an open one, unless it is there."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+            with self._lock:
+                self._made_folders += 1
+
+    def finish(self, operation: Operation) -> None:
+        """Make the symbolic links, then give every folder its attributes, the deepest first and the root last."""
+        with _Hand(self) as hand:
+            for path, member in self._symlinks:
+                operation.check()
+                hand.make_symlink(path, member)
+        if len(self._directories) != self._made_folders:
+            raise DamagedError("the archive holds entries in folders that are no members of it")
+        for path in sorted(self._directories, key=lambda path: path.count(b"/") if path else -1, reverse=True):
+            operation.check()
+            with _told(path):
+                descriptor = open_beneath(self.root, path)
+                try:
+                    self.dresser.dress(path, self._directories[path], descriptor)
+                finally:
+                    os.close(descriptor)
+
+
+class _Hand:
+    """One of those that make entries in the tree at the same time, with the folder that it was in last."""
+
+    def __init__(self, tree: _Tree) -> None:
+        self._tree = tree
+        self._cached: tuple[bytes, int] = (b"", os.dup(tree.root))
+
+    def __enter__(self) -> "_Hand":
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._cached[1])
 
     def make(self, path: bytes, member: Member, content: Content) -> None:
-        """Make one entry; a `Receiver`."""
-        self.members += 1
+        """Make one entry, symbolic links excepted, which come last; a `Receiver`."""
+        self._tree.count()
         with _told(path):
             if member.type == DIRECTORY:
                 self._directory(path, member)
@@ -165,39 +226,20 @@ class _Tree:
             elif member.type == HARD_LINK:
                 self._hard_link(path, checked_path(member.link))
             elif member.type == SYMLINK:
-                self._symlinks.append((path, member))
+                self._tree.note_symlink(path, member)
             else:
                 self._special(path, member)
 
-    def finish(self, operation: Operation) -> None:
-        """Make the symbolic links, then give every folder its attributes, the deepest first and the root last."""
-        for path, member in self._symlinks:
-            operation.check()
-            with _told(path):
-                os.symlink(member.link, path.rpartition(b"/")[2], dir_fd=self._parent(path))
-                self._dresser.dress_named(path, member, self._parent(path))
-        if len(self._directories) != self._made_folders:
-            raise DamagedError("the archive holds entries in folders that are no members of it")
-        for path in sorted(self._directories, key=lambda path: path.count(b"/") if path else -1, reverse=True):
-            operation.check()
-            with _told(path):
-                descriptor = open_beneath(self._root, path)
-                try:
-                    self._dresser.dress(path, self._directories[path], descriptor)
-                finally:
-                    os.close(descriptor)
+    def make_symlink(self, path: bytes, member: Member) -> None:
+        """Make a symbolic link, which nobody follows any more."""
+        with _told(path):
+            os.symlink(member.link, path.rpartition(b"/")[2], dir_fd=self._parent(path))
+            self._tree.dresser.dress_named(path, member, self._parent(path))
 
     def _directory(self, path: bytes, member: Member) -> None:
-        if path in self._directories:
-            raise _twice(path)
-        self._directories[path] = member
+        self._tree.note_directory(path, member)
         if path:
-            self._make_folder(self._parent(path), path.rpartition(b"/")[2])
-
-    def _make_folder(self, parent: int, name: bytes) -> None:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=parent)
-            self._made_folders += 1
+            self._tree.make_folder(self._parent(path), path.rpartition(b"/")[2])
 
     def _file(self, path: bytes, member: Member, content: Content) -> None:
         descriptor = os.open(path.rpartition(b"/")[2], _NEW_FILE_FLAGS, 0o600, dir_fd=self._parent(path))
@@ -206,14 +248,14 @@ class _Tree:
                 _write_at(descriptor, piece, offset)
             if member.is_sparse:
                 os.ftruncate(descriptor, member.size_bytes)
-            self._dresser.dress(path, member, descriptor)
+            self._tree.dresser.dress(path, member, descriptor)
         finally:
             os.close(descriptor)
 
     def _hard_link(self, path: bytes, target: bytes) -> None:
         """The staging folder was empty: whatever regular file is in it was made by this restore."""
         parent, _, source = target.rpartition(b"/")
-        descriptor = open_beneath(self._root, parent)
+        descriptor = open_beneath(self._tree.root, parent)
         try:
             if not stat.S_ISREG(os.stat(source, dir_fd=descriptor, follow_symlinks=False).st_mode):
                 raise FinalError(f"{shown(path)} is a hard link to something that is no plain file")
@@ -228,23 +270,23 @@ class _Tree:
         folder, name = self._parent(path), path.rpartition(b"/")[2]
         if member.type == FIFO:
             os.mkfifo(name, 0o600, dir_fd=folder)
-        elif self._allow_devices:
+        elif self._tree.allow_devices:
             os.mknod(name, _DEVICE_TYPES[member.type] | 0o600, os.makedev(*member.device), dir_fd=folder)
         else:
             raise FinalError(
                 f"{shown(path)} is a device node", next_step="allow device nodes in the restore if they are wanted"
             )
-        self._dresser.dress_named(path, member, folder)
+        self._tree.dresser.dress_named(path, member, folder)
 
     def _parent(self, path: bytes) -> int:
         """A descriptor of the folder in which ``path`` lies, made where it is missing; kept until the next one is asked for."""
         parent = path.rpartition(b"/")[0]
         if parent != self._cached[0]:
             try:
-                descriptor = open_beneath(self._root, parent)
+                descriptor = open_beneath(self._tree.root, parent)
             except FileNotFoundError:
-                self._make_folder(self._parent(parent), parent.rpartition(b"/")[2])
-                descriptor = open_beneath(self._root, parent)
+                self._tree.make_folder(self._parent(parent), parent.rpartition(b"/")[2])
+                descriptor = open_beneath(self._tree.root, parent)
             os.close(self._cached[1])
             self._cached = (parent, descriptor)
         return self._cached[1]

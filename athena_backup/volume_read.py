@@ -1,16 +1,21 @@
 """Archives out of the store, read as hostile: member by member, verified to the end, bounded by what the manifest promises.
 
-What is done with a member is the receiver's business (`volume_extract` makes it; verifying only reads on). Rules: "volumes",
-sections 3 and 4.
+Several archives of a volume are read at once. What is done with a member is the receiver's business (`volume_extract` makes
+it; verifying only reads on). Rules: "volumes", sections 3 and 4.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 
+from athena_backup.crew import Crew, Turn, Unit
 from athena_backup.errors import DamagedError, FinalError
-from athena_backup.manifest import Component, VolumeFacts
+from athena_backup.manifest import Component, Stream, VolumeFacts
 from athena_backup.operation import Operation
-from athena_backup.pipeline import read_stream
+from athena_backup.pipeline import read_ahead, read_stream
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
 from athena_backup.volume_pax import (
@@ -38,28 +43,54 @@ _ADVICE = "the set is damaged or was tampered with: restore another one, or this
 
 def verify_volume(component: Component, store: Store, operation: Operation) -> None:
     """Read every archive of a volume to its verified end; raises like `read_archives`."""
-    read_archives(component, store, operation, lambda _path, _member, _content: None)
+    read_archives(component, store, operation, lambda: contextlib.nullcontext(lambda _path, _member, _content: None))
 
 
-def read_archives(component: Component, store: Store, operation: Operation, receive: Receiver) -> None:
-    """Hand every member of every archive of a volume to ``receive``, in order.
+def read_archives(
+    component: Component,
+    store: Store,
+    operation: Operation,
+    receiving: Callable[[], AbstractContextManager[Receiver]],
+    crew: Crew | None = None,
+) -> None:
+    """Hand every member of every archive of a volume to a receiver: of one archive in order, of several at the same time.
 
+    ``receiving`` is called for each archive, in the thread that reads it; as many are read at once as ``crew`` has slots.
     Raises `DamagedError` unless exactly what component.json promises was found and each archive ended as it should, and
     `FinalError` for a name that could lead out of the volume.
     """
     if component.volume is None:
         raise _damaged("the manifest holds no facts about this volume")
     counted = _Counted(component.volume)
-    for stream in component.streams:
-        archive = _Archive(read_stream(component.name, stream.parts, store, operation))
-        for member in archive.members():
-            operation.check()
-            counted.add(member)
-            content = archive.content(member)
-            receive(checked_path(member.name), member, content)
-            for _ in content:  # what the receiver had no use for, and the padding
-                pass
-        archive.check_end()
+
+    def read(stream: Stream, turn: Turn) -> None:
+        def chunks() -> Iterator[bytes]:
+            for chunk in read_stream(component.name, stream.parts, store, operation):
+                turn.check()
+                turn.slots_now()  # for whoever waits for one by now
+                yield chunk
+
+        with contextlib.ExitStack() as stack:
+            ahead = chunks()
+            if turn.slots > 1:  # nobody else wants the other: what comes next is read while files are written
+                ahead = stack.enter_context(contextlib.closing(read_ahead(ahead)))
+            receive = stack.enter_context(receiving())
+            archive = _Archive(ahead)
+            for member in archive.members():
+                operation.check()
+                counted.add(member)
+                content = archive.content(member)
+                receive(checked_path(member.name), member, content)
+                for _ in content:  # what the receiver had no use for, and the padding
+                    pass
+            archive.check_end()
+
+    (crew or Crew(1)).run(
+        [
+            Unit(sum(part.raw_size_bytes for part in stream.parts), partial(read, stream), is_elastic=True)
+            for stream in component.streams
+        ]
+    )
     counted.check()
 
 
@@ -83,24 +114,27 @@ def checked_path(name: bytes) -> bytes:
 
 @dataclass
 class _Counted:
-    """Pair of the writer's counting: the archive may never hold more, and at its end not less, than was promised."""
+    """Pair of the writer's counting: the archives may never hold more, and at their end not less, than was promised."""
 
     promised: VolumeFacts
     members: int = 0
     files: int = 0
     content_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, member: Member) -> None:
-        self.members += 1
-        if member.type == FILE:
-            self.files += 1
-            self.content_bytes += member.size_bytes
         promised = self.promised
-        if (
-            self.members > promised.members
-            or self.files > promised.files
-            or self.content_bytes > promised.content_bytes
-        ):
+        with self._lock:
+            self.members += 1
+            if member.type == FILE:
+                self.files += 1
+                self.content_bytes += member.size_bytes
+            is_more = (
+                self.members > promised.members
+                or self.files > promised.files
+                or self.content_bytes > promised.content_bytes
+            )
+        if is_more:
             raise _damaged(f"the archive holds more than the manifest promises, from {shown(member.name)} on")
 
     def check(self) -> None:

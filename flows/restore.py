@@ -7,7 +7,6 @@ switch came before as at the backup, and the others as they were; its status say
 import contextlib
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import httpx
@@ -19,7 +18,6 @@ from prefect.futures import wait
 from prefect.states import Cancelled, Completed, Failed
 
 from athena_backup.catalog import whole_manifest
-from athena_backup.crew import Unit
 from athena_backup.errors import AthenaError, Fault, FinalError, UnavailableError, fault_of
 from athena_backup.manifest import Component, Manifest
 from athena_backup.postgres.preflight import preflight_database
@@ -149,8 +147,7 @@ def stage(name: str) -> None:
         component = component_of(name, working)
         if component.kind == "volume":
             place = volume_of(name, working.settings).directory
-            extracting = partial(stage_volume, component, working.store, place, restore_id(working), working.operation)
-            working.crew.run([Unit(component.raw_size_bytes, lambda _: extracting())])
+            stage_volume(component, working.store, place, restore_id(working), working.operation, crew=working.crew)
             return
         target = database_of(name, working.settings)
         try:

@@ -69,7 +69,7 @@ def back_up(
 
 def restored(component: Component, store: LocalStore, target: Path) -> Path:
     target.mkdir()
-    read_volume(component, store, target, Operation())
+    read_volume(component, store, target, Operation(), crew=Crew(3))
     return target
 
 
