@@ -153,27 +153,28 @@ def _bounds(results: Results) -> Iterator[str]:
         for one in limits:
             for name, remote in ((OURS, False), (OURS_S3, True)):
                 floor, ours = one.seconds(remote=remote), results.seconds(case, name, "backup")
-                parts = (
-                    one.server_cpu_seconds,
-                    one.zstd_cpu_seconds,
-                    one.receive_cpu_seconds,
-                    one.loopback_cpu_seconds,
-                )
+                whole = one.seconds(remote=remote, whole=True)
+                parts = (one.server_cpu_seconds, one.zstd_cpu_seconds, one.receive_cpu_seconds)
+                distant = (one.loopback_cpu_seconds, one.store_cpu_seconds)
                 rows.append(
                     (
                         f"{case}, {one.form}, {name}",
                         f"{one.raw_bytes / 1e9:.2f}",
                         f"{one.compressed_bytes / 1e9:.2f}",
-                        *(_number(part, 2) for part in (parts if remote else parts[:3])),
-                        *([] if remote else ["-"]),
+                        *(_number(part, 2) for part in parts),
+                        _number(distant[0], 2) if remote else "-",
                         _number(floor, 2),
                         _number(ours, 2),
                         _ratio(ours, floor),
+                        _number(one.proof_cpu_seconds, 2),
+                        _number(distant[1], 2) if remote else "-",
+                        _ratio(ours, whole),
                     )
                 )
     head = (
         *("backup of", "raw GB", "zstd 1 GB", "COPY's (or reading's) server CPU s", "zstd CPU s", "receiving CPU s"),
         *("loopback CPU s", f"limit: sum ÷ {cores()} cores, s", "ours s", "ours ÷ limit"),
+        *("besides: count(\\*) and SHA-256, CPU s", "S3 server's CPU s", "ours ÷ limit with these"),
     )
     yield from _table("What bounds it", head, rows)
     busy = list(_busy(results))

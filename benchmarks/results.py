@@ -42,11 +42,20 @@ class Limit:
     """Of taking the raw bytes from a socket."""
     loopback_cpu_seconds: float
     """Of sending the compressed bytes to a store on this machine, and of receiving them there."""
+    proof_cpu_seconds: float = 0.0
+    """Of what a set needs besides its bytes: count(*) of the table that is read in ranges, and SHA-256."""
+    store_cpu_seconds: float = 0.0
+    """Of the S3 server on this machine for an upload of the compressed bytes that does nothing else."""
 
-    def seconds(self, *, remote: bool) -> float:
-        """The wall time at which every core would be busy with nothing else."""
+    def seconds(self, *, remote: bool, whole: bool = False) -> float:
+        """The wall time at which every core would be busy with nothing else; ``whole``: with the proof and the S3 server."""
         needed = self.server_cpu_seconds + self.zstd_cpu_seconds + self.receive_cpu_seconds
-        return (needed + (self.loopback_cpu_seconds if remote else 0.0)) / cores()
+        if remote:
+            needed += self.loopback_cpu_seconds
+        if whole:
+            # The server's own share of the loopback is among its CPU seconds.
+            needed += self.proof_cpu_seconds + (self.store_cpu_seconds - self.loopback_cpu_seconds / 2 if remote else 0)
+        return needed / cores()
 
 
 @dataclass
