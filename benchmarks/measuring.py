@@ -4,7 +4,9 @@ Everything is read from /proc, alike for every contender. Memory is proportional
 once; it is read whenever the cheaper resident sum reaches a new height, looked at 20 times a second.
 """
 
+import ctypes
 import os
+import platform
 import signal
 import subprocess
 import threading
@@ -18,6 +20,9 @@ LOOK_SECONDS = 0.05
 _NEW_HEIGHT = 1.01
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_LIBC = ctypes.CDLL(None)
+_KCMP = {"x86_64": 312, "aarch64": 272}
+_KCMP_VM = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,20 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
+def _with_own_memory(pids: list[int]) -> list[int]:
+    """Those that are not between vfork(2) and exec(3), in the memory of their parent, where it would count twice."""
+    fields = {pid: stat_of(pid) for pid in pids}
+    return [
+        pid for pid, of in fields.items() if of is not None and not (int(of[1]) in fields and _same(pid, int(of[1])))
+    ]
+
+
+def _same(pid: int, other: int) -> bool:
+    """Whether two processes have one memory (kcmp(2)); False where the kernel doesn't say."""
+    number = _KCMP.get(platform.machine())
+    return number is not None and _LIBC.syscall(number, pid, other, _KCMP_VM, 0, 0) == 0
+
+
 @dataclass
 class Watched:
     """What a `watching` block has seen of a process tree."""
@@ -137,6 +156,8 @@ def watching(roots: Callable[[], list[int]]) -> Iterator[Watched]:
         while not done.is_set():
             pids = list(tree_of(roots()))
             seen.cpu.append((time.time(), cpu_seconds(pids)))
+            if sum(_resident_bytes(pid) for pid in pids) > height * _NEW_HEIGHT:
+                pids = _with_own_memory(pids)
             resident = sum(_resident_bytes(pid) for pid in pids)
             if resident > height * _NEW_HEIGHT:
                 height = seen.resident_bytes = resident
