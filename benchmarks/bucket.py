@@ -1,9 +1,7 @@
 """The S3 server's one bucket, as the benchmark itself looks at it: how much lies there, and how it is emptied."""
 
-import os
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +11,6 @@ from deployments.embedded_stores import EmbeddedS3
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
-    from types_boto3_s3.type_defs import CompletedPartTypeDef
 
 _PAGE_KEYS = 1000
 
@@ -28,20 +25,6 @@ class Bucket:
     def size_bytes(self) -> int:
         """The sum of all objects."""
         return sum(size for _, size in self._objects())
-
-    def upload(self, key: str, size_bytes: int, part_bytes: int) -> None:
-        """Store so many random bytes in parts, two at a time, with as little work for the client as there can be."""
-        client, bucket = self._client(), self.server.bucket
-        block = os.urandom(part_bytes)
-        upload_id = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-
-        def put(number: int) -> "CompletedPartTypeDef":
-            sent = client.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=block)
-            return {"PartNumber": number, "ETag": sent["ETag"]}
-
-        with ThreadPoolExecutor(2) as pool:
-            parts = list(pool.map(put, range(1, size_bytes // part_bytes + 1)))
-        client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts})
 
     def empty(self) -> None:
         """Delete every object but those that mark it as a store, and have the server give the disk back."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import zstandard
 
+from athena_backup.store.clients import open_s3
 from benchmarks.bucket import Bucket
 from benchmarks.database_data import BIG, CHUNK_BYTES, DATABASE, copied, table_bytes, tables_of
 from benchmarks.measuring import tree_cpu_seconds
@@ -25,8 +26,8 @@ from benchmarks.servers import Cluster
 FORMS = ("binary", "text")
 _LOOPBACK_BYTES = 1 << 30
 _HASHED_BYTES = 1 << 30
-_UPLOAD_BYTES = 1 << 30
-_UPLOAD_PART_BYTES = 16 << 20
+_UPLOADED_BYTES = 1 << 30
+_BLOCK_BYTES = 4 << 20
 
 
 def database_limits(cluster: Cluster, psql: Path, bucket: Bucket) -> list[Limit]:
@@ -44,7 +45,7 @@ def database_limits(cluster: Cluster, psql: Path, bucket: Bucket) -> list[Limit]
             Limit(
                 *(form, raw, compressed, server, zstd, receive * raw, (send + receive) * compressed),
                 proof_cpu_seconds=count + sha256 * compressed,
-                store_cpu_seconds=service * compressed,
+                store_cpu_seconds=(send + service) * compressed,
             )
         )
     return found
@@ -138,13 +139,13 @@ def volume_limit(directory: Path, bucket: Bucket) -> Limit:
     return Limit(
         *("files", raw, compressed, reading, zstd, 0.0, (send + receive) * compressed),
         proof_cpu_seconds=sha256 * compressed,
-        store_cpu_seconds=service * compressed,
+        store_cpu_seconds=(send + service) * compressed,
     )
 
 
 def hashing() -> float:
     """CPU seconds per byte of SHA-256."""
-    block, digest = bytes(_UPLOAD_PART_BYTES), hashlib.sha256()
+    block, digest = bytes(_BLOCK_BYTES), hashlib.sha256()
     began = time.thread_time()
     for _ in range(_HASHED_BYTES // len(block)):
         digest.update(block)
@@ -152,12 +153,14 @@ def hashing() -> float:
 
 
 def uploading(bucket: Bucket) -> float:
-    """The S3 server's CPU seconds per byte of an upload in parts, two at a time."""
-    before = tree_cpu_seconds([bucket.server.pid])
-    bucket.upload("limit", _UPLOAD_BYTES, _UPLOAD_PART_BYTES)
-    spent = tree_cpu_seconds([bucket.server.pid]) - before
+    """The S3 server's CPU seconds per byte of an upload with our requests by a client that does nothing else."""
+    server, block = bucket.server, os.urandom(_BLOCK_BYTES)
+    store = open_s3(server.bucket, server.endpoint, server.region, server.keys)
+    before = tree_cpu_seconds([server.pid])
+    store.write("limit", itertools.repeat(block, _UPLOADED_BYTES // _BLOCK_BYTES))
+    spent = tree_cpu_seconds([server.pid]) - before
     bucket.empty()
-    return spent / _UPLOAD_BYTES
+    return spent / _UPLOADED_BYTES
 
 
 def loopback() -> tuple[float, float]:

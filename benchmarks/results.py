@@ -42,20 +42,22 @@ class Limit:
     """Of taking the raw bytes from a socket."""
     loopback_cpu_seconds: float
     """Of sending the compressed bytes to a store on this machine, and of receiving them there."""
-    proof_cpu_seconds: float = 0.0
+    proof_cpu_seconds: float | None = None
     """Of what a set needs besides its bytes: count(*) of the table that is read in ranges, and SHA-256."""
-    store_cpu_seconds: float = 0.0
-    """Of the S3 server on this machine for an upload of the compressed bytes that does nothing else."""
+    store_cpu_seconds: float | None = None
+    """Instead of the loopback's: of sending the compressed bytes, and of all that the S3 server on this machine does with them."""
 
-    def seconds(self, *, remote: bool, whole: bool = False) -> float:
-        """The wall time at which every core would be busy with nothing else; ``whole``: with the proof and the S3 server."""
+    def seconds(self, *, remote: bool) -> float:
+        """The wall time at which every core would be busy with nothing else."""
         needed = self.server_cpu_seconds + self.zstd_cpu_seconds + self.receive_cpu_seconds
-        if remote:
-            needed += self.loopback_cpu_seconds
-        if whole:
-            # The server's own share of the loopback is among its CPU seconds.
-            needed += self.proof_cpu_seconds + (self.store_cpu_seconds - self.loopback_cpu_seconds / 2 if remote else 0)
-        return needed / cores()
+        return (needed + (self.loopback_cpu_seconds if remote else 0.0)) / cores()
+
+    def whole_seconds(self, *, remote: bool) -> float | None:
+        """The same with what a set needs besides, and the S3 server; None where that was not measured."""
+        store = self.store_cpu_seconds if remote else 0.0
+        if self.proof_cpu_seconds is None or store is None:
+            return None
+        return self.seconds(remote=False) + (self.proof_cpu_seconds + store) / cores()
 
 
 @dataclass

@@ -55,8 +55,6 @@ def _rows(results: Results) -> Iterator[tuple[str, str, str, str] | None]:
         for limit in limits:
             what = f"{DATABASES}, backup: {name} ÷ limit with {limit.form} COPY"
             yield _row(what, mine / limit.seconds(remote=remote) if mine else None, 1.3)
-            what += ", with count(\\*), SHA-256" + (" and the S3 server's CPU" if remote else "")
-            yield _row(what, mine / limit.seconds(remote=remote, whole=True) if mine else None, 1.3)
     first, last = (results.seconds(growth_case(units), OURS, "backup") for units in (GROWTH_UNITS[0], GROWTH_UNITS[-1]))
     yield _row("16x the data ÷ 1x, backup", last / first if first and last else None, _GROWTH)
     first, last = (
