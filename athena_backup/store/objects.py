@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 UPLOAD_PART_BYTES = 8 << 20
 """Size of an upload part and of a range that is read; 10,000 of them are more than the 64 GiB at which a part ends."""
-BUFFER_BUDGET_BYTES = 96 << 20
-"""What all streams of one process together may hold in upload parts and ranges.
-
-Of the 128 MiB of "stores", section 4, three quarters: with all of them, on two streams, a backup's process held 404 to 408 MB,
-and 400 are allowed (design.md, section 7); with these 367 to 379, in the same time.
+BUFFER_BUDGET_BYTES = 128 << 20
+"""What all streams of one process together may hold in upload parts and ranges ("stores", section 4)."""
+_ENOUGH_BYTES = 96 << 20
+"""So much is used as long as it lets each stream have two parts or ranges under way: with more, a backup with two jobs held
+404 to 408 MB in its process, where 400 are allowed (design.md, section 7), instead of 367 to 379, and took the same time.
 """
 _PARALLEL_LIMIT = 8
 _TRIES = 4
@@ -90,8 +90,9 @@ class ObjectStore:
         self._proof = proof
         self._pause_seconds = pause_seconds
         self._abandon = abandon
-        buffers = BUFFER_BUDGET_BYTES // UPLOAD_PART_BYTES // max(1, streams)
+        enough, limit = (size // UPLOAD_PART_BYTES // max(1, streams) for size in (_ENOUGH_BYTES, BUFFER_BUDGET_BYTES))
         # One buffer of each stream is the one that is being filled.
+        buffers = max(enough, min(3, limit))
         self._parallel = max(1, min(_PARALLEL_LIMIT, buffers - 1))
 
     def __repr__(self) -> str:
