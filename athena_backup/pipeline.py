@@ -222,14 +222,20 @@ def watched(call: Callable[[], _Result], operation: Operation) -> _Result:
     return results[0]
 
 
-def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes, None, None]:
-    """The raw bytes of a part; raises `DamagedError`, at its end at the latest, unless they are exactly what was written."""
+def read_part(
+    part: Part, store: Store, operation: Operation, check: Callable[[], None] = lambda: None
+) -> Generator[bytes, None, None]:
+    """The raw bytes of a part; raises `DamagedError`, at its end at the latest, unless they are exactly what was written.
+
+    ``check`` raises to stop, as the operation does, also while the store lets us wait.
+    """
     digest = hashlib.sha256()
     size_bytes = raw_size_bytes = 0
     frames = FrameReader()
     try:
         for chunk in store.read(part.key):
             operation.check()
+            check()
             digest.update(chunk)
             size_bytes += len(chunk)
             for raw in frames.feed(chunk):
@@ -253,21 +259,28 @@ def read_part(part: Part, store: Store, operation: Operation) -> Generator[bytes
         raise _damaged(part, f"it holds {raw_size_bytes} bytes, the manifest promises {part.raw_size_bytes}")
 
 
-def read_stream(component: str, parts: Sequence[Part], store: Store, operation: Operation) -> Iterator[bytes]:
+def read_stream(
+    component: str,
+    parts: Sequence[Part],
+    store: Store,
+    operation: Operation,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[bytes]:
     """The raw bytes of all parts in order, counted as the component's progress; raises like `read_part`."""
     if not parts:
         raise FinalError(
             f"the manifest names no part for {component}", next_step="the set is damaged: restore another one"
         )
     for part in parts:
-        for raw in read_part(part, store, operation):
+        for raw in read_part(part, store, operation, check):
             operation.advance(component, len(raw))
             yield raw
 
 
 def read_ahead(pieces: Iterator[bytes], limit_bytes: int = _AHEAD_BYTES) -> Generator[bytes, None, None]:
-    """The same pieces, read by a thread of its own that is ``limit_bytes`` ahead of who uses them, or one piece more.
+    """The same bytes, read by a thread of its own that is ``limit_bytes`` ahead of who uses them, or one piece more.
 
+    Larger pieces are cut, so that what waits is no multiple of what a hostile frame makes of a few bytes.
     While a server takes some, the next are read and decompressed. Raises what reading them raises, behind those before it.
     """
     waiting: deque[bytes] = deque()
@@ -282,7 +295,7 @@ def read_ahead(pieces: Iterator[bytes], limit_bytes: int = _AHEAD_BYTES) -> Gene
     def run() -> None:
         nonlocal waiting_bytes, has_ended
         try:
-            for piece in pieces:
+            for piece in (cut for whole in pieces for cut in sliced(whole, limit_bytes)):
                 with changed:
                     changed.wait_for(may_go_on)
                     if not is_wanted:
@@ -316,6 +329,17 @@ def read_ahead(pieces: Iterator[bytes], limit_bytes: int = _AHEAD_BYTES) -> Gene
             is_wanted = False
             changed.notify_all()
         thread.join(_GRACE_SECONDS)
+
+
+def sliced(block: bytes, limit_bytes: int) -> Iterator[bytes]:
+    """A block as it is, or if it is more than twice as large as the limit, in pieces of that."""
+    if len(block) <= 2 * limit_bytes:
+        if block:
+            yield block
+        return
+    view = memoryview(block)
+    for start in range(0, len(block), limit_bytes):
+        yield bytes(view[start : start + limit_bytes])
 
 
 def _damaged(part: Part, what: str) -> DamagedError:

@@ -20,7 +20,7 @@ from sqlalchemy import URL
 from athena_backup.crew import Turn
 from athena_backup.errors import AthenaError, FullError, PassingError, UnavailableError
 from athena_backup.operation import LOOK_SECONDS, Operation
-from athena_backup.pipeline import FRAME_BYTES
+from athena_backup.pipeline import FRAME_BYTES, sliced
 from athena_backup.postgres.bulk import BulkTable, TableRange
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
 from athena_backup.postgres.sessions import (
@@ -37,7 +37,9 @@ _PIECE_BYTES = 768 << 10
 then, it spent 3 % of a backup's time in going round its loop.
 """
 _PATIENCE_SECONDS = 0.003
-"""After so long without a piece it takes what there is: a source is slow, or a COPY ends."""
+"""After so long without a piece it takes what there is: a COPY ends, or a source is slow."""
+_MISSES_LIMIT = 20
+"""A source that has no large piece for so many times as long is slow: to look on would cost more than its small pieces."""
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
 logger = logging.getLogger("athena_backup.postgres")
@@ -228,7 +230,8 @@ class _CopySession:
                 while True:
                     self._check()
                     is_ended = self._runner.run(gathered.filled(copying))
-                    yield from _sliced(gathered.take())
+                    # A row of hundreds of megabytes is not to be held several times.
+                    yield from sliced(gathered.take(), FRAME_BYTES)
                     if is_ended:
                         break
                 ended(int(copying.result().removeprefix("COPY ")))
@@ -367,33 +370,43 @@ def _large_pieces(transport: Any, gathered: "_Gathered") -> Iterator[None]:
         yield
         return
 
+    woken_from = 1
+
     def wake_from(size_bytes: int) -> None:
-        # OSError: of a connection that is broken by now, which its reader says better.
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
+        nonlocal woken_from
+        if size_bytes != woken_from:
+            woken_from = size_bytes
+            # OSError: of a connection that is broken by now, which its reader says better.
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
 
     async def look() -> None:
-        seen = -1
-        while True:
-            wake_from(1 if gathered.pieces == seen else _PIECE_BYTES)
-            seen = gathered.pieces
+        misses = 0
+        while misses < _MISSES_LIMIT:
+            largest_bytes = gathered.forget_largest()
+            if largest_bytes >= _PIECE_BYTES // 2:
+                misses = 0
+            elif not gathered.is_full:
+                misses += 1
+            wake_from(_PIECE_BYTES if largest_bytes else 1)
             await asyncio.sleep(_PATIENCE_SECONDS)
+        wake_from(1)
 
-    transport.max_size = _PIECE_BYTES
+    before_bytes, transport.max_size = transport.max_size, _PIECE_BYTES
     looking = asyncio.create_task(look())
     try:
         yield
     finally:
         looking.cancel()
         wake_from(1)
+        transport.max_size = before_bytes
 
 
 class _Gathered:
     """What the driver has handed out, until it is a frame's worth: to enter its loop for each piece would cost more than COPY."""
 
     def __init__(self) -> None:
-        self.pieces = 0
-        """How many have come."""
+        self._largest_bytes = 0
         self._pieces: list[bytes] = []
         self._size_bytes = 0
         self._is_full = asyncio.Event()
@@ -403,12 +416,22 @@ class _Gathered:
     async def put(self, piece: bytes) -> None:
         """Take a piece, once there is room for it: until then the driver does not read on."""
         await self._has_room.wait()
-        self.pieces += 1
+        self._largest_bytes = max(self._largest_bytes, len(piece))
         self._pieces.append(piece)
         self._size_bytes += len(piece)
         if self._size_bytes >= FRAME_BYTES:
             self._has_room.clear()
             self._is_full.set()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the driver is not to read on."""
+        return self._is_full.is_set()
+
+    def forget_largest(self) -> int:
+        """The size of the largest piece since the last call, in bytes; 0: none has come."""
+        largest_bytes, self._largest_bytes = self._largest_bytes, 0
+        return largest_bytes
 
     async def filled(self, copying: "asyncio.Task[str]") -> bool:
         """Wait for a frame's worth, or the end, or until it is time to look around; returns whether it was the end."""
@@ -433,17 +456,6 @@ async def _settled(working: "asyncio.Task[Any]") -> None:
 
 async def _done_or_later(working: "asyncio.Task[Any]") -> None:
     await asyncio.wait({working}, timeout=LOOK_SECONDS)
-
-
-def _sliced(block: bytes) -> Iterator[bytes]:
-    """A block, in pieces of a frame if it is far larger: a row of hundreds of megabytes is not to be held several times."""
-    if len(block) <= 2 * FRAME_BYTES:
-        if block:
-            yield block
-        return
-    view = memoryview(block)
-    for start in range(0, len(block), FRAME_BYTES):
-        yield bytes(view[start : start + FRAME_BYTES])
 
 
 def count_rows(sessions: CopySessions, table: BulkTable, operation: Operation, turn: Turn) -> int:

@@ -15,7 +15,7 @@ from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.frames import PIECE_LIMIT_BYTES
 from athena_backup.manifest import Part
 from athena_backup.operation import Operation
-from athena_backup.pipeline import Source, read_part, read_stream, write_stream
+from athena_backup.pipeline import Source, read_ahead, read_part, read_stream, write_stream
 from athena_backup.store import Entry
 from athena_backup.store.local import LocalStore
 
@@ -214,3 +214,10 @@ def test_it_is_told_when_the_source_is_read_and_only_the_store_is_waited_for(loc
         on_read=lambda: told.append("read"),
     )
     assert told == ["bytes", "written", "bytes", "written", "read", "bytes", "written"]
+
+
+def test_what_is_read_ahead_is_cut_so_that_little_waits() -> None:
+    block = random.Random(5).randbytes(1 << 20)
+    pieces = list(read_ahead(iter([b"small", block, b""]), limit_bytes=64 << 10))
+    assert b"".join(pieces) == b"small" + block
+    assert max(map(len, pieces)) == 64 << 10
