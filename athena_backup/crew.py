@@ -187,6 +187,7 @@ class Crew:
             with self._changed:
                 self._free += held.slots
                 self._without_slot -= held.slots == 0
+                held.slots = 0  # a thread of the unit's that outlives it gets no more
                 self._end(one)
                 self._start()
 

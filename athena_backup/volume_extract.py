@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,7 @@ class _Tree:
         self.dresser = dresser
         self.allow_devices = allow_devices
         self._symlinks: list[tuple[bytes, Member]] = []
+        self._hard_links: list[tuple[bytes, bytes]] = []
         self._directories: dict[bytes, Member] = {}
         self._made_folders = 1  # the root
         self._lock = threading.Lock()
@@ -162,6 +164,11 @@ class _Tree:
         """Note another entry."""
         with self._lock:
             self.members += 1
+
+    def note_hard_link(self, path: bytes, target: bytes) -> None:
+        """Note a link whose target is not there yet: another archive may bring it."""
+        with self._lock:
+            self._hard_links.append((path, target))
 
     def note_symlink(self, path: bytes, member: Member) -> None:
         """Note what is to be made when every file is there."""
@@ -183,8 +190,9 @@ class _Tree:
                 self._made_folders += 1
 
     def finish(self, operation: Operation) -> None:
-        """Make the symbolic links, then give every folder its attributes, the deepest first and the root last."""
+        """Make the links that are left, then give every folder its attributes, the deepest first and the root last."""
         with _Hand(self) as hand:
+            self._make_hard_links(hand, operation)
             for path, member in self._symlinks:
                 operation.check()
                 hand.make_symlink(path, member)
@@ -199,19 +207,44 @@ class _Tree:
                 finally:
                     os.close(descriptor)
 
+    def _make_hard_links(self, hand: "_Hand", operation: Operation) -> None:
+        """Each as soon as its target is there, which may be such a link itself; raises `DamagedError` where one never is."""
+        made: deque[bytes] = deque()
+        waiting: dict[bytes, list[bytes]] = {}
+        for path, target in self._hard_links:
+            operation.check()
+            if hand.make_hard_link(path, target):
+                made.append(path)
+            else:
+                waiting.setdefault(target, []).append(path)
+        while made:
+            target = made.popleft()
+            for path in waiting.pop(target, ()):
+                operation.check()
+                hand.make_hard_link(path, target)
+                made.append(path)
+        for target, paths in waiting.items():
+            raise DamagedError(f"{shown(paths[0])} is a hard link to {shown(target)}, which is not there")
+
 
 class _Hand:
-    """One of those that make entries in the tree at the same time, with the folder that it was in last."""
+    """One of those that make entries in the tree at the same time, with the folder that it was in last.
+
+    It has a descriptor of the root of its own: a thread that nobody waits for any more must not write where the number of one
+    that was closed leads by then.
+    """
 
     def __init__(self, tree: _Tree) -> None:
         self._tree = tree
-        self._cached: tuple[bytes, int] = (b"", os.dup(tree.root))
+        self._root = os.dup(tree.root)
+        self._cached: tuple[bytes, int] = (b"", os.dup(self._root))
 
     def __enter__(self) -> "_Hand":
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._cached[1])
+        os.close(self._root)
 
     def make(self, path: bytes, member: Member, content: Content) -> None:
         """Make one entry, symbolic links excepted, which come last; a `Receiver`."""
@@ -224,7 +257,9 @@ class _Hand:
             elif member.type == FILE:
                 self._file(path, member, content)
             elif member.type == HARD_LINK:
-                self._hard_link(path, checked_path(member.link))
+                target = checked_path(member.link)
+                if not self.make_hard_link(path, target):
+                    self._tree.note_hard_link(path, target)
             elif member.type == SYMLINK:
                 self._tree.note_symlink(path, member)
             else:
@@ -252,19 +287,24 @@ class _Hand:
         finally:
             os.close(descriptor)
 
-    def _hard_link(self, path: bytes, target: bytes) -> None:
-        """The staging folder was empty: whatever regular file is in it was made by this restore."""
+    def make_hard_link(self, path: bytes, target: bytes) -> bool:
+        """Make a hard link, unless its target is not there; returns whether it was.
+
+        The staging folder was empty: whatever regular file is in it was made by this restore.
+        """
         parent, _, source = target.rpartition(b"/")
-        descriptor = open_beneath(self._tree.root, parent)
-        try:
-            if not stat.S_ISREG(os.stat(source, dir_fd=descriptor, follow_symlinks=False).st_mode):
+        with contextlib.ExitStack() as stack, _told(path):
+            try:
+                descriptor = open_beneath(self._root, parent)
+                stack.callback(os.close, descriptor)
+                status = os.stat(source, dir_fd=descriptor, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            if not stat.S_ISREG(status.st_mode):
                 raise FinalError(f"{shown(path)} is a hard link to something that is no plain file")
             name = path.rpartition(b"/")[2]
             os.link(source, name, src_dir_fd=descriptor, dst_dir_fd=self._parent(path), follow_symlinks=False)
-        except FileNotFoundError:
-            raise DamagedError(f"{shown(path)} is a hard link to {shown(target)}, which is not there") from None
-        finally:
-            os.close(descriptor)
+            return True
 
     def _special(self, path: bytes, member: Member) -> None:
         folder, name = self._parent(path), path.rpartition(b"/")[2]
@@ -283,10 +323,10 @@ class _Hand:
         parent = path.rpartition(b"/")[0]
         if parent != self._cached[0]:
             try:
-                descriptor = open_beneath(self._tree.root, parent)
+                descriptor = open_beneath(self._root, parent)
             except FileNotFoundError:
                 self._tree.make_folder(self._parent(parent), parent.rpartition(b"/")[2])
-                descriptor = open_beneath(self._tree.root, parent)
+                descriptor = open_beneath(self._root, parent)
             os.close(self._cached[1])
             self._cached = (parent, descriptor)
         return self._cached[1]

@@ -64,20 +64,13 @@ def read_archives(
     counted = _Counted(component.volume)
 
     def read(stream: Stream, turn: Turn) -> None:
-        def chunks() -> Iterator[bytes]:
-            for chunk in read_stream(component.name, stream.parts, store, operation):
-                turn.check()
-                turn.slots_now()  # for whoever waits for one by now
-                yield chunk
-
-        with contextlib.ExitStack() as stack:
-            ahead = chunks()
-            if turn.slots > 1:  # nobody else wants the other: what comes next is read while files are written
-                ahead = stack.enter_context(contextlib.closing(read_ahead(ahead)))
-            receive = stack.enter_context(receiving())
-            archive = _Archive(ahead)
+        # What comes next is read and decompressed while files are written.
+        chunks = read_ahead(read_stream(component.name, stream.parts, store, operation, turn.check))
+        with contextlib.closing(chunks), receiving() as receive:
+            archive = _Archive(chunks)
             for member in archive.members():
                 operation.check()
+                turn.check()
                 counted.add(member)
                 content = archive.content(member)
                 receive(checked_path(member.name), member, content)
@@ -86,10 +79,7 @@ def read_archives(
             archive.check_end()
 
     (crew or Crew(1)).run(
-        [
-            Unit(sum(part.raw_size_bytes for part in stream.parts), partial(read, stream), is_elastic=True)
-            for stream in component.streams
-        ]
+        [Unit(sum(part.raw_size_bytes for part in stream.parts), partial(read, stream)) for stream in component.streams]
     )
     counted.check()
 

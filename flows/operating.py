@@ -139,8 +139,8 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
     with held(lease, operation, run_id=run.id, every_look=progress.publish), _signals(operation):
         working = Working(settings, store, operation, run.id, set_id, Crew(settings.athena_jobs))
         token = WORKING.set(working)
-        # What was imported and made so far lives as long as this process: looked through again and again for garbage, it took
-        # a fortieth of a backup's processor time.
+        # What was imported and made so far is kept until this process ends: looked through again and again for garbage, it
+        # took a fortieth of a backup's processor time.
         gc.freeze()
         try:
             yield working

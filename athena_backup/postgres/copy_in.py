@@ -44,7 +44,7 @@ def load_ranges(
             if are_all and number == 0:
                 run_sql(connection, f"TRUNCATE ONLY {_full_name(data)}")
             statement = copy_statement(data, *(["FREEZE"] if are_all else []))
-            pieces = read_ahead(_gathered(read_stream(component, stream.parts, store, operation)))
+            pieces = read_ahead(_gathered(read_stream(component, stream.parts, store, operation, turn.check)))
             with contextlib.closing(pieces):
                 rows = _copy_in(connection, statement, pieces, turn)
             if rows != data.rows:

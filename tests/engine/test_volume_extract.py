@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from athena_backup import volume_extract, volume_read
+from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, DamagedError, FinalError, FullError
 from athena_backup.manifest import Component, Part, Stream, VolumeFacts
 from athena_backup.operation import Operation
@@ -177,7 +178,7 @@ def test_a_file_and_a_folder_of_one_name_are_refused(local_store: LocalStore, st
 @pytest.mark.parametrize(
     ("target", "match"),
     [(b"../outside/victim", "could lead out"), (b"/etc/passwd", "could lead out"), (b"missing", "not there"),
-     (b"sub", "no plain file"), (b"missing/deeper", "No such file")],
+     (b"sub", "no plain file"), (b"missing/deeper", "not there")],
 )  # fmt: skip
 def test_a_hard_link_to_what_this_restore_did_not_make_is_refused(
     local_store: LocalStore, staging: Path, target: bytes, match: str
@@ -406,3 +407,20 @@ def test_a_full_disk_is_told_as_such(local_store: LocalStore, staging: Path, mon
     raw = archive((member(b"a", size_bytes=1), b"x"), ROOT)
     with pytest.raises(FullError, match="a: No space left"):
         read_volume(component_of(local_store, raw), local_store, staging, Operation())
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_hard_link_may_come_before_its_target_from_another_archive(
+    local_store: LocalStore, staging: Path, jobs: int
+) -> None:
+    links = archive(member(b"second", HARD_LINK, link=b"first"), member(b"first", HARD_LINK, link=b"folder/file"), ROOT)
+    files = archive((member(b"folder/file", size_bytes=4), b"data"), member(b"folder", DIRECTORY))
+    read_volume(component_of(local_store, links, files), local_store, staging, Operation(), crew=Crew(jobs))
+    file = (staging / "folder" / "file").stat()
+    assert {(staging / name).stat().st_ino for name in ("first", "second")} == {file.st_ino}
+    assert file.st_nlink == 3
+
+
+def test_hard_links_to_each_other_are_refused(local_store: LocalStore, staging: Path) -> None:
+    links = (member(b"one", HARD_LINK, link=b"two"), member(b"two", HARD_LINK, link=b"one"))
+    refused(local_store, staging, archive(*links, ROOT), "hard link to .*, which is not there", DamagedError)

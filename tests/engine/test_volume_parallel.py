@@ -1,5 +1,6 @@
 """A restore extracts a volume's archives at once, as far as the budget goes, and the tree is the same."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,14 +9,15 @@ import pytest
 from tree_picture import picture
 
 from athena_backup.crew import Crew, Unit
-from athena_backup.errors import AthenaError, UnavailableError
+from athena_backup.errors import AthenaError, FinalError, UnavailableError
 from athena_backup.manifest import Component
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_exchange import stage_volume
-from athena_backup.volume_extract import read_volume
+from athena_backup.volume_extract import _Dresser, _Tree, read_volume
+from athena_backup.volume_pax import FILE, Member
 
 SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
 LARGE_BYTES = 64 << 10
@@ -26,10 +28,13 @@ class WatchedStore(LocalStore):
     """A real store; ``reading`` is called with an object's key when its first chunk is asked for, in the thread that asks."""
 
     reading: Callable[[str], object] = staticmethod(lambda _key: None)
+    before: Callable[[str], Iterator[bytes]] = staticmethod(lambda _key: iter(()))
+    """What comes before an object's own bytes."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         chunks = super().read(key, start, end)
         self.reading(key)
+        yield from self.before(key)
         yield from chunks
 
 
@@ -117,24 +122,64 @@ def test_an_archive_that_stands_twice_in_the_manifest_is_refused(
         read_volume(twice, watched, tmp_path / "new", Operation(), crew=Crew(4))
 
 
-def test_a_restore_that_has_every_slot_gives_back_what_another_one_waits_for(
+def test_a_volume_whose_store_stalls_holds_one_slot_and_no_more(
     root: Path, watched: WatchedStore, tmp_path: Path
 ) -> None:
-    single = write_volume(Volume("gitserver", root), watched, SET_ID, "run", Operation(), part_limit_bytes=4_096)
-    assert len(single.streams) == 1
-    assert len(single.parts) > 1
+    single = write_volume(Volume("gitserver", root), watched, SET_ID, "run", Operation())
+    assert len(single.parts) == 1
     crew = Crew(2)
     is_done = threading.Event()
-    other = threading.Thread(target=lambda: crew.run([Unit(1, lambda _: is_done.set())]))
 
-    def reading(key: str) -> None:
-        if key == single.parts[0].key:
-            other.start()
-        elif key == single.parts[-1].key:  # at its end it gives back everything anyway
-            assert is_done.wait(WAIT_SECONDS)
+    def reading(_key: str) -> None:
+        crew.run([Unit(1, lambda _: is_done.set())])
 
     watched.reading = reading
     (tmp_path / "new").mkdir()
     read_volume(single, watched, tmp_path / "new", Operation(), crew=crew)
-    other.join(WAIT_SECONDS)
+    assert is_done.is_set()
     assert picture(tmp_path / "new") == picture(root)
+
+
+def test_an_archive_that_fails_ends_one_that_waits_for_the_store(
+    component: Component, watched: WatchedStore, tmp_path: Path
+) -> None:
+    is_over = threading.Event()
+
+    def waiting(key: str) -> Iterator[bytes]:
+        """As a range that hangs: nothing comes, but whoever reads can look around."""
+        if archive_of(key) == "0001":
+            raise UnavailableError("the store is away")
+        while not is_over.wait(0.01):
+            yield b""
+        raise UnavailableError("nobody had stopped")
+
+    watched.before = waiting
+    (tmp_path / "new").mkdir()
+    failing = threading.Timer(WAIT_SECONDS, is_over.set)
+    failing.start()
+    with pytest.raises(UnavailableError, match="the store is away"):
+        read_volume(component, watched, tmp_path / "new", Operation(), crew=Crew(2))
+    assert not is_over.is_set()
+    failing.cancel()
+
+
+def test_a_thread_that_nobody_waits_for_writes_nowhere_else(tmp_path: Path) -> None:
+    """Its staging place is closed and removed; the number that it had leads to what lives, as the next that was opened."""
+    staging, live = tmp_path / "staging", tmp_path / "live"
+    staging.mkdir()
+    live.mkdir()
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    tree = _Tree(descriptor, _Dresser({}, accepts_loss=False), allow_devices=False)
+    owner = (os.geteuid(), os.getegid())
+    file = Member(b"deep/file", FILE, 0o600, *owner, mtime_ns=0, size_bytes=4, stored_bytes=4)
+    with tree.receiving() as receive:
+        os.close(descriptor)
+        staging.rmdir()
+        reused = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            assert reused == descriptor
+            with pytest.raises(FinalError):
+                receive(b"deep/file", file, iter([(0, b"data")]))
+        finally:
+            os.close(reused)
+    assert list(live.iterdir()) == []
