@@ -172,7 +172,13 @@ class Service:
         """A call of the Prefect server's own API, as its UI makes it."""
         deadline = time.monotonic() + 30
         while True:
-            answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+            try:
+                answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+            except httpx.ReadTimeout:
+                # Seldom it lets a request go without an answer; the next look at the same thing gets one.
+                if method != "GET" or time.monotonic() > deadline + 60:
+                    raise
+                continue
             # So it says, before it has done anything, that its database is locked by another writer for a moment.
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                 break
