@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -145,7 +146,10 @@ class _Tree:
 
     def __init__(self, root: int, dresser: _Dresser, *, allow_devices: bool) -> None:
         self.members = 0
-        self.root = root
+        # Its own, and open as long as anybody has the tree: a thread that nobody waits for any more must not write where the
+        # number of a descriptor that was closed leads by then.
+        self.root = os.dup(root)
+        weakref.finalize(self, os.close, self.root)
         self.dresser = dresser
         self.allow_devices = allow_devices
         self._symlinks: list[tuple[bytes, Member]] = []
@@ -228,23 +232,17 @@ class _Tree:
 
 
 class _Hand:
-    """One of those that make entries in the tree at the same time, with the folder that it was in last.
-
-    It has a descriptor of the root of its own: a thread that nobody waits for any more must not write where the number of one
-    that was closed leads by then.
-    """
+    """One of those that make entries in the tree at the same time, with the folder that it was in last."""
 
     def __init__(self, tree: _Tree) -> None:
         self._tree = tree
-        self._root = os.dup(tree.root)
-        self._cached: tuple[bytes, int] = (b"", os.dup(self._root))
+        self._cached: tuple[bytes, int] = (b"", os.dup(tree.root))
 
     def __enter__(self) -> "_Hand":
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._cached[1])
-        os.close(self._root)
 
     def make(self, path: bytes, member: Member, content: Content) -> None:
         """Make one entry, symbolic links excepted, which come last; a `Receiver`."""
@@ -295,7 +293,7 @@ class _Hand:
         parent, _, source = target.rpartition(b"/")
         with contextlib.ExitStack() as stack, _told(path):
             try:
-                descriptor = open_beneath(self._root, parent)
+                descriptor = open_beneath(self._tree.root, parent)
                 stack.callback(os.close, descriptor)
                 status = os.stat(source, dir_fd=descriptor, follow_symlinks=False)
             except FileNotFoundError:
@@ -323,10 +321,10 @@ class _Hand:
         parent = path.rpartition(b"/")[0]
         if parent != self._cached[0]:
             try:
-                descriptor = open_beneath(self._root, parent)
+                descriptor = open_beneath(self._tree.root, parent)
             except FileNotFoundError:
                 self._tree.make_folder(self._parent(parent), parent.rpartition(b"/")[2])
-                descriptor = open_beneath(self._root, parent)
+                descriptor = open_beneath(self._tree.root, parent)
             os.close(self._cached[1])
             self._cached = (parent, descriptor)
         return self._cached[1]

@@ -131,7 +131,8 @@ def test_a_volume_whose_store_stalls_holds_one_slot_and_no_more(
     is_done = threading.Event()
 
     def reading(_key: str) -> None:
-        crew.run([Unit(1, lambda _: is_done.set())])
+        threading.Thread(target=lambda: crew.run([Unit(1, lambda _: is_done.set())]), daemon=True).start()
+        assert is_done.wait(WAIT_SECONDS)
 
     watched.reading = reading
     (tmp_path / "new").mkdir()
@@ -156,6 +157,7 @@ def test_an_archive_that_fails_ends_one_that_waits_for_the_store(
     watched.before = waiting
     (tmp_path / "new").mkdir()
     failing = threading.Timer(WAIT_SECONDS, is_over.set)
+    failing.daemon = True
     failing.start()
     with pytest.raises(UnavailableError, match="the store is away"):
         read_volume(component, watched, tmp_path / "new", Operation(), crew=Crew(2))
@@ -172,14 +174,16 @@ def test_a_thread_that_nobody_waits_for_writes_nowhere_else(tmp_path: Path) -> N
     tree = _Tree(descriptor, _Dresser({}, accepts_loss=False), allow_devices=False)
     owner = (os.geteuid(), os.getegid())
     file = Member(b"deep/file", FILE, 0o600, *owner, mtime_ns=0, size_bytes=4, stored_bytes=4)
-    with tree.receiving() as receive:
+    with tree.receiving() as begun:
         os.close(descriptor)
         staging.rmdir()
         reused = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
         try:
             assert reused == descriptor
-            with pytest.raises(FinalError):
-                receive(b"deep/file", file, iter([(0, b"data")]))
+            with tree.receiving() as only_beginning:
+                for receive in (begun, only_beginning):
+                    with pytest.raises(FinalError):
+                        receive(b"deep/file", file, iter([(0, b"data")]))
         finally:
             os.close(reused)
     assert list(live.iterdir()) == []
