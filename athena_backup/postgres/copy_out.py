@@ -237,21 +237,18 @@ class _CopySession:
                 ended(int(copying.result().removeprefix("COPY ")))
 
     async def _copied(self, of: TableRange, gathered: "_Gathered") -> str:
-        with _large_pieces(self._connection._transport, gathered):  # noqa: SLF001 - it has no other way
-            return await self._all_copied(of, gathered)
-
-    async def _all_copied(self, of: TableRange, gathered: "_Gathered") -> str:
         table, query = of.table, of.query
-        if query is None:
-            status: str = await self._connection.copy_from_table(
-                table.name,
-                schema_name=table.schema_name,
-                columns=table.columns,
-                format=table.format,
-                output=gathered.put,
-            )
-        else:
-            status = await self._connection.copy_from_query(query, format=table.format, output=gathered.put)
+        with _large_pieces(self._connection._transport, gathered):  # noqa: SLF001 - it has no other way
+            if query is None:
+                status: str = await self._connection.copy_from_table(
+                    table.name,
+                    schema_name=table.schema_name,
+                    columns=table.columns,
+                    format=table.format,
+                    output=gathered.put,
+                )
+            else:
+                status = await self._connection.copy_from_query(query, format=table.format, output=gathered.put)
         return status
 
     def _started(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
