@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -175,9 +176,10 @@ class Service:
             try:
                 answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
             except httpx.ReadTimeout:
-                # Seldom it lets a request go without an answer; the next look at the same thing gets one.
+                # Seldom it lets a request go without an answer (why is not known); the next look at the same thing gets one.
                 if method != "GET" or time.monotonic() > deadline + 60:
                     raise
+                warnings.warn(f"{method} {path} got no answer from Prefect's server within 60 s", stacklevel=2)
                 continue
             # So it says, before it has done anything, that its database is locked by another writer for a moment.
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
