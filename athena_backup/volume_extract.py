@@ -11,7 +11,6 @@ import os
 import stat
 import struct
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -71,7 +70,7 @@ def read_volume(
                 staging = os.open(staging, _DIRECTORY_FLAGS)
             stack.callback(os.close, staging)
         dresser = _Dresser(owner_map or {}, accepts_loss=accept_metadata_loss)
-        tree = _Tree(staging, dresser, allow_devices=allow_devices)
+        tree = stack.enter_context(_Tree(staging, dresser, allow_devices=allow_devices))
         read_archives(component, store, operation, tree.receiving, crew)
         tree.finish(operation)
         return RestoredVolume(members=tree.members, losses=dresser.losses())
@@ -146,10 +145,10 @@ class _Tree:
 
     def __init__(self, root: int, dresser: _Dresser, *, allow_devices: bool) -> None:
         self.members = 0
-        # Its own, and open as long as anybody has the tree: a thread that nobody waits for any more must not write where the
-        # number of a descriptor that was closed leads by then.
+        # Its own, and open as long as anybody makes entries: a thread that nobody waits for any more must not write where
+        # the number of a descriptor that was closed leads by then.
         self.root = os.dup(root)
-        weakref.finalize(self, os.close, self.root)
+        self._users = 1
         self.dresser = dresser
         self.allow_devices = allow_devices
         self._symlinks: list[tuple[bytes, Member]] = []
@@ -158,11 +157,30 @@ class _Tree:
         self._made_folders = 1  # the root
         self._lock = threading.Lock()
 
+    def __enter__(self) -> "_Tree":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
     @contextlib.contextmanager
     def receiving(self) -> Iterator[Receiver]:
-        """What makes the entries of one archive, whatever others make meanwhile."""
-        with _Hand(self) as hand:
-            yield hand.make
+        """What makes the entries of one archive, whatever others make meanwhile; raises where the restore has ended."""
+        with self._lock:
+            if not self._users:
+                raise FinalError("the restore of this volume has ended")
+            self._users += 1
+        try:
+            with _Hand(self) as hand:
+                yield hand.make
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                os.close(self.root)
 
     def count(self) -> None:
         """Note another entry."""

@@ -1,5 +1,6 @@
 """A restore extracts a volume's archives at once, as far as the budget goes, and the tree is the same."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -170,20 +171,29 @@ def test_a_thread_that_nobody_waits_for_writes_nowhere_else(tmp_path: Path) -> N
     staging, live = tmp_path / "staging", tmp_path / "live"
     staging.mkdir()
     live.mkdir()
+    before = open_descriptors()
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-    tree = _Tree(descriptor, _Dresser({}, accepts_loss=False), allow_devices=False)
     owner = (os.geteuid(), os.getegid())
     file = Member(b"deep/file", FILE, 0o600, *owner, mtime_ns=0, size_bytes=4, stored_bytes=4)
-    with tree.receiving() as begun:
+    with contextlib.ExitStack() as threads:
+        with _Tree(descriptor, _Dresser({}, accepts_loss=False), allow_devices=False) as tree:
+            begun = threads.enter_context(tree.receiving())
         os.close(descriptor)
         staging.rmdir()
         reused = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
         try:
             assert reused == descriptor
-            with tree.receiving() as only_beginning:
-                for receive in (begun, only_beginning):
-                    with pytest.raises(FinalError):
-                        receive(b"deep/file", file, iter([(0, b"data")]))
+            only_beginning = threads.enter_context(tree.receiving())
+            for receive in (begun, only_beginning):
+                with pytest.raises(FinalError):
+                    receive(b"deep/file", file, iter([(0, b"data")]))
         finally:
             os.close(reused)
     assert list(live.iterdir()) == []
+    assert open_descriptors() == before, "the removed place's room is free as soon as the last thread has ended"
+    with pytest.raises(FinalError, match="has ended"), tree.receiving():
+        pass
+
+
+def open_descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
