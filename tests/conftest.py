@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database, quoted, run_sql, session
@@ -27,6 +28,10 @@ from service import Service
 
 # Where the tests were started to outlive their terminal (nohup), every service of theirs would ignore its hang-up too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# No test is timed, and what it tries is the same each time.
+settings.register_profile("athena", deadline=None, derandomize=True)
+settings.load_profile("athena")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

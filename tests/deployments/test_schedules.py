@@ -55,7 +55,7 @@ def instants(schedule: Schedule, start: datetime, count: int, end: datetime | No
     return [datetime.fromtimestamp(round(date.timestamp()), UTC) for date in sorted(dates)][:count]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     schedule_texts.EXPRESSIONS | st.integers(1, 100_000_000).map(lambda seconds: f"@every {seconds}s"),
     schedule_texts.INSTANTS,

@@ -49,7 +49,7 @@ def promising(part: Part, data: bytes) -> Part:
     return part.model_copy(update={"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chunks=st.lists(st.binary(max_size=5_000), max_size=20), limit=st.integers(1, 4_000))
 def test_any_stream_comes_back_from_any_number_of_parts(
     chunks: list[bytes], limit: int, tmp_path_factory: pytest.TempPathFactory

@@ -120,7 +120,7 @@ def parsed(text: str) -> CronSchedule | None:
 # --- Properties -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(EXPRESSIONS, INSTANTS)
 def test_every_second_of_a_stretch_is_due_exactly_if_the_page_says_so(text: str, start: datetime) -> None:
     schedule = parsed(text)
@@ -137,7 +137,7 @@ def test_every_second_of_a_stretch_is_due_exactly_if_the_page_says_so(text: str,
     assert found == due
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(EXPRESSIONS, INSTANTS)
 def test_the_neighbours_of_an_instant_are_those_that_a_look_at_every_day_finds(text: str, start: datetime) -> None:
     schedule = parsed(text)
@@ -147,7 +147,7 @@ def test_the_neighbours_of_an_instant_are_those_that_a_look_at_every_day_finds(t
     assert schedule.last_at_or_before(start) == search(text, start, -1, lambda instant: instant <= start)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(EXPRESSIONS | st.integers(1, 10_000_000).map(lambda seconds: f"@every {seconds}s"), INSTANTS)
 def test_looking_back_is_the_inverse_of_looking_ahead(text: str, start: datetime) -> None:
     schedule = parse_schedule(text) if text.startswith("@") else parsed(text)
@@ -163,7 +163,7 @@ def test_looking_back_is_the_inverse_of_looking_ahead(text: str, start: datetime
     assert schedule.next_after(before) == following
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(1, 10_000_000), INSTANTS)
 def test_every_counts_from_the_epoch_whenever_it_is_asked(seconds: int, start: datetime) -> None:
     following = parse_schedule(f"@every {seconds}s").next_after(start)
@@ -172,7 +172,7 @@ def test_every_counts_from_the_epoch_whenever_it_is_asked(seconds: int, start: d
     assert timedelta(0) < following - start <= timedelta(seconds=seconds)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(EXPRESSIONS, st.sampled_from(list(LIMITS)), st.data())
 def test_schedules_that_read_the_same_are_due_at_the_same_instants(text: str, kind: str, data: st.DataObject) -> None:
     items = text.split()
@@ -186,7 +186,7 @@ def test_schedules_that_read_the_same_are_due_at_the_same_instants(text: str, ki
         assert [one.fires_on(day) for day in days] == [other.fires_on(day) for day in days]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     st.text(max_size=20)
     | st.text("0123456789*?/-,@ amonjevry", max_size=30)
