@@ -21,6 +21,10 @@ _SMALLEST_BYTES = 1 << 20
 """A COPY of its own for less costs more than it saves."""
 RANGE_BYTES = 128 << 20
 """About how much of a table one COPY reads: the last one of a backup keeps a core busy alone for some two seconds."""
+_SHARES_LIMIT = 1.5
+"""So many of the ``jobs`` shares a table may be that is read in one piece: its COPY keeps a core of the server's and up to two
+of ours busy.
+"""
 _TABLES_LIMIT = 1_000
 """pg_dump is told of each by a pattern in its command line."""
 _RANGES_LIMIT = 1_000
@@ -115,9 +119,14 @@ class BulkTable:
         """Whether the names of table and columns are plain ASCII."""
         return all(name.isascii() for name in (self.schema_name, self.name, *self.columns))
 
-    def ranges(self, range_bytes: int) -> list["TableRange"]:
-        """The pieces in which it is read; together they have every block that it has or may yet get."""
-        count = min(-(-self.size_bytes // range_bytes), self.blocks, _RANGES_LIMIT) if self.can_be_split else 1
+    def ranges(self, range_bytes: int | None) -> list["TableRange"]:
+        """The pieces of about ``range_bytes`` in which it is read, or, for None, the one.
+
+        Together they have every block that it has or may yet get.
+        """
+        count = 1
+        if self.can_be_split and range_bytes is not None:
+            count = min(-(-self.size_bytes // range_bytes), self.blocks, _RANGES_LIMIT)
         bounds = [number * self.blocks // max(count, 1) for number in range(1, count)]
         return [
             TableRange(self, number, first, last, self.size_bytes // max(count, 1))
@@ -227,6 +236,16 @@ def worth_copying(tables: Sequence[BulkTable], all_bytes: int, bulk_bytes: int) 
         worth.append(table)
         all_bytes -= table.size_bytes
     return worth
+
+
+def range_size(size_bytes: int, all_bytes: int, jobs: int) -> int | None:
+    """In ranges of how many bytes a table of ``size_bytes`` is read where its database has ``all_bytes``; None: in one piece.
+
+    In one, unless it is so much more than its share of the work that it would be read alone in the end. In ranges it takes a
+    quarter more of the server's processor time: a scan by ctid has no ring of buffers of its own, and what the ranges have must
+    be counted.
+    """
+    return RANGE_BYTES if size_bytes * jobs > _SHARES_LIMIT * all_bytes else None
 
 
 def _ascii_quoted(identifier: str) -> str:

@@ -25,7 +25,7 @@ from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
-from athena_backup.postgres.bulk import BULK_BYTES, RANGE_BYTES, BulkTable, TableRange, bulk_tables
+from athena_backup.postgres.bulk import BULK_BYTES, BulkTable, TableRange, bulk_tables, range_size
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows, unreachable
@@ -69,12 +69,12 @@ def write_database(
     client_directories: Sequence[Path] = (),
     part_limit_bytes: int = PART_LIMIT_BYTES,
     bulk_bytes: int = BULK_BYTES,
-    range_bytes: int = RANGE_BYTES,
+    range_bytes: int | None = None,
 ) -> Component:
     """Dump one database of the cut into a new attempt's folder and return its complete `Component`.
 
     ``crew`` does the work; without one, one unit is done after the other. Tables of ``bulk_bytes`` or more are read by
-    COPY, in ranges of about ``range_bytes``. component.json is the caller's.
+    COPY, in ranges of about ``range_bytes`` or, for None, as `range_size` has it. component.json is the caller's.
 
     Raises the fault that the cut has for it, `FinalError` for a `pg_dump` that ended badly or said something unknown,
     `PassingError` for a broken connection while the holders live, and the store's errors.
@@ -104,11 +104,14 @@ def write_database(
             lambda number: f"{folder}{name}.{number:04}",
             operation,
             part_limit_bytes=part_limit_bytes,
+            threads=turn.slots_now,
             on_read=turn.give_back,
         )
 
+    crew = crew or Crew(1)
+    all_bytes = sum(sizes.values())
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
-    pieces = [table.ranges(range_bytes) for table in bulk]
+    pieces = [table.ranges(range_bytes or range_size(table.size_bytes, all_bytes, crew.jobs)) for table in bulk]
     ranges = [one for some in pieces for one in some]
     split = [some[0].table for some in pieces if len(some) > 1]
     sessions = CopySessions(held, split)
@@ -126,12 +129,12 @@ def write_database(
         ),
         # First of all: what it looks at is locked for a moment only, and DDL that comes later may wait.
         Unit(small_bytes + 2 * _CATALOGS_BYTES, lambda _: read_facts(held, operation, uncounted=bulk_oids)),
-        *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
+        *(Unit(of.size_bytes, partial(write_range, of), is_elastic=True) for of in ranges),
         *(Unit(table.size_bytes, partial(count_rows, sessions, table, operation)) for table in split),
     ]
     try:
         with contextlib.closing(sessions):
-            stream, facts, *rest = (crew or Crew(1)).run(units)
+            stream, facts, *rest = crew.run(units)
         held.prove()
     finally:
         # Before any other error too: what can't be found any more is told by who looks for it in words that help nobody.

@@ -259,6 +259,25 @@ def big_table(make_database: Make, name: str) -> Database:
     return make_database(name, "CREATE TABLE t AS SELECT i, md5(i::text) x FROM generate_series(1, 200000) i")
 
 
+@pytest.mark.parametrize(
+    ("rows", "jobs", "is_split"),
+    [(60_000, 1, False), (60_000, 2, True), (18_000, 2, False), (18_000, 4, True)],
+    ids=["one job", "more than the others can fill", "its share and half of it", "more jobs"],
+)
+def test_only_a_table_that_would_be_read_alone_in_the_end_is_read_in_ranges(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, rows: int, jobs: int, is_split: bool
+) -> None:
+    """The big one is some 0.9 or 0.7 of the whole; with four jobs the other one is no more than its share."""
+    made = "CREATE TABLE {} AS SELECT i, repeat(md5(i::text), 4) x FROM generate_series(1, {}) i"
+    database = make_database("shares", f"{made.format('big', rows)}; {made.format('other', 7_000)}")
+    monkeypatch.setattr("athena_backup.postgres.bulk.RANGE_BYTES", 1 << 20)
+    component = dump(database, local_store, jobs=jobs, bulk_bytes=1 << 20)
+    copied = tables_by_copy(component)
+    assert (len(copied["big"]) > 1) == is_split
+    assert len(copied["other"]) == 1
+    assert sum(data.rows for data in copied["big"]) == rows
+
+
 class MeddledStore(LocalStore):
     """A store in which something happens when the first bytes of a table have come."""
 
