@@ -25,7 +25,11 @@ def find_client(name: str, server_version: int, directories: Sequence[Path] = ()
     there is: an older `pg_dump` refuses a newer server (PostgreSQL manual, pg_dump, "Notes").
     """
     wanted = server_version // 10_000
-    found = {path: client_version(path) for path in _candidates(name, directories)}
+    found: dict[Path, int] = {}
+    for path in _candidates(name, directories):
+        found[path] = client_version(path)
+        if found[path] // 10_000 == wanted:
+            return path
     fitting = [path for path, version in found.items() if version // 10_000 >= wanted]
     if fitting:
         return min(fitting, key=lambda path: found[path] // 10_000)

@@ -41,6 +41,7 @@ _CHUNK_BYTES = 256 << 10
 _MAGIC = b"PGDMP"
 _LOCK_WAIT_MILLISECONDS = 60_000
 _CATALOGS_BYTES = 64 << 20
+_FACTS_RANK = -1
 _GLOBALS_LIMIT_BYTES = 64 << 20
 logger = logging.getLogger("athena_backup.postgres")
 
@@ -128,7 +129,7 @@ def write_database(
             lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn), turn)),
         ),
         # First of all: what it looks at is locked for a moment only, and DDL that comes later may wait.
-        Unit(small_bytes + 2 * _CATALOGS_BYTES, lambda _: read_facts(held, operation, uncounted=bulk_oids)),
+        Unit(small_bytes, lambda _: read_facts(held, operation, uncounted=bulk_oids), rank=_FACTS_RANK),
         *(Unit(of.size_bytes, partial(write_range, of), is_elastic=True) for of in ranges),
         *(Unit(table.size_bytes, partial(count_rows, sessions, table, operation)) for table in split),
     ]

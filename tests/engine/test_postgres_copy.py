@@ -3,9 +3,10 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage, stock_dump
@@ -22,9 +23,11 @@ from athena_backup.postgres.copy_out import CopySessions, count_rows
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
+from athena_backup.postgres.facts import read_facts
 from athena_backup.postgres.rename import side_name
 from athena_backup.postgres.sessions import Database, parse_database_url, run_sql, session
 from athena_backup.postgres.staging import discard_staging
+from athena_backup.store import Entry
 from athena_backup.store.local import LocalStore
 
 VALUES = """
@@ -276,6 +279,31 @@ def test_only_a_table_that_would_be_read_alone_in_the_end_is_read_in_ranges(
     assert (len(copied["big"]) > 1) == is_split
     assert len(copied["other"]) == 1
     assert sum(data.rows for data in copied["big"]) == rows
+
+
+def test_what_no_dump_holds_is_read_before_any_table_however_big(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it looks at is locked for a moment only: DDL of the hours after it finds nothing left to change."""
+    done: list[str] = []
+    real = read_facts
+
+    def noted(*args: Any, **options: Any) -> Any:
+        try:
+            return real(*args, **options)
+        finally:
+            done.append("facts")
+
+    class NotingStore(LocalStore):
+        def write(self, key: str, chunks: Iterable[bytes]) -> Entry:
+            done.append(key)
+            return super().write(key, chunks)
+
+    monkeypatch.setattr("athena_backup.postgres.dump.read_facts", noted)
+    monkeypatch.setattr("athena_backup.postgres.dump._CATALOGS_BYTES", 0)
+    dump(big_table(make_database, "first"), NotingStore(local_store.location.place), jobs=1, bulk_bytes=1 << 20)
+    assert done[0] == "facts"
+    assert len(done) == 3
 
 
 class MeddledStore(LocalStore):
