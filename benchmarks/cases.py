@@ -7,7 +7,6 @@ result verified, and takes all of it away.
 import contextlib
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +40,6 @@ _INODES_SECONDS = 61
 many files after the removal of as many ten times its own time (`recently_deleted` in Linux's fs/ext4/ialloc.c).
 """
 _READ_BYTES = 1 << 20
-_FREE_BYTES = 1 << 30
-_HOLE_BYTES = 8 << 40
-"""Of a file without a block on the disk."""
 
 
 def growth_case(units: int) -> str:
@@ -84,12 +80,6 @@ def remembered(memory: Path, fingerprint: dict[str, str]) -> bool:
         return bool(json.loads(memory.read_text()) == fingerprint)
     memory.write_text(json.dumps(fingerprint))
     return True
-
-
-def _free_bytes() -> int:
-    """Memory that nobody uses, not even as cache (proc(5), meminfo)."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemFree"].split()[0]) << 10
 
 
 @dataclass(frozen=True)
@@ -161,24 +151,10 @@ class Bench:
             Path("/proc/sys/vm/drop_caches").write_text("3")
             return
         buffer = bytearray(_READ_BYTES)
-        self._use_free_memory(buffer)
         for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
             with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
-
-    def _use_free_memory(self, buffer: bytearray) -> None:
-        """Leave little memory free: whatever a turn takes instead is cache that is dropped, alike for everybody.
-
-        The host of a virtual machine takes free pages back, and whoever touches them next waits for it: a restore took 40 or
-        48 s by what had been deleted before it.
-        """
-        with (self.work / "hole").open("a+b", buffering=0) as file:
-            file.truncate(_HOLE_BYTES)
-            # Never the same pages again: read twice they would rank with those of the data.
-            file.seek(random.randrange(_HOLE_BYTES // 2))
-            while _free_bytes() > _FREE_BYTES:
-                file.readinto(buffer)
 
     @contextlib.contextmanager
     def cluster(self, asked: Database) -> Iterator[tuple[Cluster, database_data.Fingerprint]]:

@@ -67,8 +67,7 @@ _HOW = [
         " not. Physical peers copy the whole cluster, indexes included. What S3 is: SeaweedFS by plain http, with TLS for"
         " pgBackRest, which speaks nothing else. Our services, one for each store, stand idle while others run. Before each turn with"
         " the small files the machine rests for 61 s: for so long after files were deleted ext4 without a journal is slow to make"
-        " others, by whomever. Before each run all but 1 GiB of the memory that is free is filled with cache: the host of a virtual"
-        " machine takes free pages back, and who touches them first would wait for it."
+        " others, by whomever."
     )
 ]
 
