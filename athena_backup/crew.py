@@ -58,6 +58,8 @@ class Unit(Generic[_Result]):
     """Which units of the same call have to be done first, by their positions, all before its own."""
     rank: int = 0
     """One of a higher rank waits for all of a lower one that wait for a slot, whatever their sizes."""
+    needs_slot: bool = True
+    """False: it is soon done, and must not wait until others are."""
 
 
 @dataclass
@@ -135,8 +137,13 @@ class Crew:
     def _queue(self, batch: _Batch) -> None:
         """Let those wait for a slot that wait for nothing else any more; the lock is held."""
         for one in [one for one in batch.behind if not one.before]:
+            if batch.error is not None:
+                return
             batch.behind.remove(one)
-            heapq.heappush(self._waiting, one)
+            if one.unit.needs_slot:
+                heapq.heappush(self._waiting, one)
+            else:
+                self._launch(one, 0, 0)
 
     def _fail(self, batch: _Batch, error: BaseException) -> None:
         """Note the error, and drop what the batch has not begun: nobody waits until its turn has come; the lock is held."""
@@ -163,15 +170,18 @@ class Crew:
             one = heapq.heappop(self._waiting)
             large = sum(2 * other.unit.size_bytes >= one.unit.size_bytes for other in self._at_work)
             others = min(large + len(self._waiting), self.jobs - 1)
-            slots = self._free if one.unit.is_elastic and not self._waiting else 1
-            self._free -= slots
-            self._at_work.append(one)
-            try:
-                threading.Thread(target=self._do, args=(one, _Held(slots), others), name="crew", daemon=True).start()
-            except (RuntimeError, MemoryError) as error:  # the system has no room for another thread
-                self._free += slots
-                self._fail(one.batch, error)
-                self._end(one)
+            self._launch(one, self._free if one.unit.is_elastic and not self._waiting else 1, others)
+
+    def _launch(self, one: _Waiting, slots: int, others: int) -> None:
+        """Start one in a thread of its own; the lock is held."""
+        self._free -= slots
+        self._at_work.append(one)
+        try:
+            threading.Thread(target=self._do, args=(one, _Held(slots), others), name="crew", daemon=True).start()
+        except (RuntimeError, MemoryError) as error:  # the system has no room for another thread
+            self._free += slots
+            self._fail(one.batch, error)
+            self._end(one)
 
     def _do(self, one: _Waiting, held: _Held, others: int) -> None:
         turn = Turn(
@@ -186,7 +196,7 @@ class Crew:
         finally:
             with self._changed:
                 self._free += held.slots
-                self._without_slot -= held.slots == 0
+                self._without_slot -= held.slots == 0 and one.unit.needs_slot
                 held.slots = 0  # a thread of the unit's that outlives it gets no more
                 self._end(one)
                 self._start()

@@ -165,7 +165,7 @@ class _Tree:
 
     @contextlib.contextmanager
     def receiving(self) -> Iterator[Receiver]:
-        """What makes the entries of one archive, whatever others make meanwhile; raises where the restore has ended."""
+        """What makes the entries of one archive, whatever others make meanwhile; raises where nobody makes any more."""
         with self._lock:
             if not self._users:
                 raise FinalError("the restore of this volume has ended")

@@ -1,7 +1,7 @@
 """The limit that no backup on this machine can pass: COPY's own CPU in the server, zstd 1 of its bytes, and loopback.
 
 Each piece is measured alone; the limit is their sum over the cores. COPY goes to /dev/null by psql on two connections, every
-table in one piece, which is the cheapest. What a set needs besides (its counts and hashes, an S3 server that takes the bytes in on the same
+table in one piece, which is the cheapest. What a set needs besides (its hashes, an S3 server that takes the bytes in on the same
 cores) is measured too, and stands beside the limit, not in it.
 """
 
@@ -18,7 +18,7 @@ import zstandard
 
 from athena_backup.store.clients import open_s3
 from benchmarks.bucket import Bucket
-from benchmarks.database_data import BIG, CHUNK_BYTES, DATABASE, copied, table_bytes, tables_of
+from benchmarks.database_data import CHUNK_BYTES, DATABASE, copied, table_bytes, tables_of
 from benchmarks.measuring import tree_cpu_seconds
 from benchmarks.results import Limit
 from benchmarks.servers import Cluster
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 4 << 20
 def database_limits(cluster: Cluster, psql: Path, bucket: Bucket) -> list[Limit]:
     """For both forms of COPY."""
     send, receive = loopback()
-    count, sha256, service = _counted(cluster, psql), hashing(), uploading(bucket)
+    sha256, service = hashing(), uploading(bucket)
     found = []
     for form in FORMS:
         cluster.settle()
@@ -44,27 +44,11 @@ def database_limits(cluster: Cluster, psql: Path, bucket: Bucket) -> list[Limit]
         found.append(
             Limit(
                 *(form, raw, compressed, server, zstd, receive * raw, (send + receive) * compressed),
-                proof_cpu_seconds=count + sha256 * compressed,
+                proof_cpu_seconds=sha256 * compressed,
                 store_cpu_seconds=(send + service) * compressed,
             )
         )
     return found
-
-
-def _counted(cluster: Cluster, psql: Path) -> float:
-    """The server's CPU seconds for counting the big table's rows without an index, which might be defective."""
-    cluster.settle()
-    before = tree_cpu_seconds([cluster.pid])
-    asked = "SET enable_indexscan = off; SET enable_indexonlyscan = off; SET max_parallel_workers_per_gather = 0"
-    subprocess.run(
-        [
-            *(str(psql), "--no-psqlrc", "-q", "-v", "ON_ERROR_STOP=1", "-d", cluster.url(DATABASE)),
-            *("-c", asked, "-c", f"SELECT count(*) FROM ONLY {BIG}"),
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    return tree_cpu_seconds([cluster.pid]) - before
 
 
 def _queries(cluster: Cluster, form: str) -> list[str]:

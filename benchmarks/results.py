@@ -43,7 +43,7 @@ class Limit:
     loopback_cpu_seconds: float
     """Of sending the compressed bytes to a store on this machine, and of receiving them there."""
     proof_cpu_seconds: float | None = None
-    """Of what a set needs besides its bytes: count(*) of the table that is read in ranges, and SHA-256."""
+    """Of what a set needs besides its bytes: SHA-256."""
     store_cpu_seconds: float | None = None
     """Instead of the loopback's: of sending the compressed bytes, and of all that the S3 server on this machine does with them."""
 

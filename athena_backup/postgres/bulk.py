@@ -20,10 +20,10 @@ DUMP_BYTES = 256 << 20
 _SMALLEST_BYTES = 1 << 20
 """A COPY of its own for less costs more than it saves."""
 RANGE_BYTES = 128 << 20
-"""About how much of a table one COPY reads: the last one of a backup keeps a core busy alone for some two seconds."""
-_SHARES_LIMIT = 1.5
-"""So many of the ``jobs`` shares a table may be that is read in one piece: its COPY keeps a core of the server's and up to two
-of ours busy.
+"""About how much of a table one COPY reads where it is split: the last one keeps a core busy alone for some two seconds."""
+_SHARES_LIMIT, _NEAR_SHARES_LIMIT = 1.0, 1.5
+"""So many of the ``jobs`` shares of a database a table may be that is read in one piece. Of a server on this machine more: its
+COPY and our compression of it share the cores that two COPYs would share.
 """
 _TABLES_LIMIT = 1_000
 """pg_dump is told of each by a pattern in its command line."""
@@ -238,14 +238,14 @@ def worth_copying(tables: Sequence[BulkTable], all_bytes: int, bulk_bytes: int) 
     return worth
 
 
-def range_size(size_bytes: int, all_bytes: int, jobs: int) -> int | None:
+def range_size(size_bytes: int, all_bytes: int, jobs: int, *, is_near: bool) -> int | None:
     """In ranges of how many bytes a table of ``size_bytes`` is read where its database has ``all_bytes``; None: in one piece.
 
-    In one, unless it is so much more than its share of the work that it would be read alone in the end. In ranges it takes a
-    quarter more of the server's processor time: a scan by ctid has no ring of buffers of its own, and what the ranges have must
-    be counted.
+    In one, unless it is so much more than its share of the work that others would wait for it; ``is_near``: the server is on
+    this machine. In ranges it takes a quarter more of the server's processor time: a scan by ctid has no ring of buffers of its
+    own, and what the ranges have must be counted. What is in one piece, one session loads.
     """
-    return RANGE_BYTES if size_bytes * jobs > _SHARES_LIMIT * all_bytes else None
+    return RANGE_BYTES if size_bytes * jobs > (_NEAR_SHARES_LIMIT if is_near else _SHARES_LIMIT) * all_bytes else None
 
 
 def _ascii_quoted(identifier: str) -> str:

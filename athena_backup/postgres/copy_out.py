@@ -1,4 +1,4 @@
-"""Bulk tables out by COPY, many at once, the biggest in ranges, all under the cut's snapshot ("PostgreSQL", sections 1 and 2).
+"""Bulk tables out by COPY, many at once, in one piece or in ranges, all under the cut's snapshot ("PostgreSQL", sections 1 and 2).
 
 asyncpg hands out COPY's bytes in pieces of up to 256 KiB where libpq hands out rows, so it is the one that reads.
 """
@@ -40,6 +40,8 @@ _PATIENCE_SECONDS = 0.003
 """After so long without a piece it takes what there is: a COPY ends, or a source is slow."""
 _MISSES_LIMIT = 20
 """A source that has no large piece for so many times as long is slow: to look on would cost more than its small pieces."""
+_REST_SECONDS = 5
+"""So long a slow source is left alone."""
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
 logger = logging.getLogger("athena_backup.postgres")
@@ -133,17 +135,17 @@ def _keep_alive(sock: Any) -> None:
 
 
 class CopySessions:
-    """Sessions under the snapshot of one database, each of which reads one range after the other.
+    """Sessions under the snapshot of one database, each of which reads one table or range after the other.
 
-    A new session for every range would cost a start of a backend, and the server as many first looks at its shared buffers.
+    A new session for each would cost a start of a backend, and the server as many first looks at its shared buffers.
     """
 
-    def __init__(self, held: Held, split: Sequence[BulkTable]) -> None:
-        """``split``: the tables that are read in ranges, which every session locks at its start: DDL that queues for one
-        later can't come between two of its ranges.
+    def __init__(self, held: Held, tables: Sequence[BulkTable]) -> None:
+        """``tables``: those that are read, of which every session locks the first at its start, as many as it may: DDL that
+        queues for one later waits, and does not come between two of its ranges.
         """
         self._held = held
-        self._split = tuple(split[:_LOCKED_LIMIT])
+        self._tables = tuple(tables[:_LOCKED_LIMIT])
         self._lock = threading.Lock()
         self._idle: list[_CopySession] = []
         self._is_closed = False
@@ -153,7 +155,7 @@ class CopySessions:
         """A session for one piece of work; it is kept for the next one only where nothing went wrong."""
         with self._lock:
             kept = self._idle.pop() if self._idle else None
-        one = kept or _CopySession(self._held, self._split)
+        one = kept or _CopySession(self._held, self._tables)
         one.begin(operation, turn)
         is_whole = False
         try:
@@ -179,9 +181,9 @@ class CopySessions:
 class _CopySession:
     """A connection of asyncpg's and the event loop that it belongs to; for one thread at a time."""
 
-    def __init__(self, held: Held, split: Sequence[BulkTable]) -> None:
+    def __init__(self, held: Held, tables: Sequence[BulkTable]) -> None:
         self._held = held
-        self._split = split
+        self._tables = tables
         self._runner = asyncio.Runner()
         # A connection that breaks tells so in the call that needs it; what the loop has to add is no more than that.
         self._runner.get_loop().set_exception_handler(lambda _, context: logger.debug("%s", context.get("message")))
@@ -280,7 +282,7 @@ class _CopySession:
             return
         self._import_snapshot()
         try:
-            self._lock([table, *(one for one in self._split if one != table)])
+            self._lock([table, *(one for one in self._tables if one != table)])
         except asyncpg.LockNotAvailableError:
             # What DDL waits for may have been read whole by now, or be another session's.
             self._import_snapshot()
@@ -379,15 +381,19 @@ def _large_pieces(transport: Any, gathered: "_Gathered") -> Iterator[None]:
 
     async def look() -> None:
         misses = 0
-        while misses < _MISSES_LIMIT:
+        while True:
             largest_bytes = gathered.forget_largest()
             if largest_bytes >= _PIECE_BYTES // 2:
                 misses = 0
             elif not gathered.is_full:
                 misses += 1
+            if misses >= _MISSES_LIMIT:
+                # It may be faster later: a table with many dead rows, a checkpoint.
+                wake_from(1)
+                await asyncio.sleep(_REST_SECONDS)
+                misses = _MISSES_LIMIT // 2
             wake_from(_PIECE_BYTES if largest_bytes else 1)
             await asyncio.sleep(_PATIENCE_SECONDS)
-        wake_from(1)
 
     before_bytes, transport.max_size = transport.max_size, _PIECE_BYTES
     looking = asyncio.create_task(look())

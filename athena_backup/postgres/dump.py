@@ -32,7 +32,14 @@ from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_ro
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import read_facts, table_sizes, translating, with_dump
 from athena_backup.postgres.held import Held
-from athena_backup.postgres.sessions import Database, codec, connection_string, driver_of, libpq_environment
+from athena_backup.postgres.sessions import (
+    Database,
+    codec,
+    connection_string,
+    driver_of,
+    is_on_this_machine,
+    libpq_environment,
+)
 from athena_backup.process import STDERR_LIMIT_LINES, Ended, running
 from athena_backup.store import Store
 
@@ -41,7 +48,9 @@ _CHUNK_BYTES = 256 << 10
 _MAGIC = b"PGDMP"
 _LOCK_WAIT_MILLISECONDS = 60_000
 _CATALOGS_BYTES = 64 << 20
-_FACTS_RANK = -1
+_FIRST_RANK = -1
+_TABLE_PART_BYTES = 4 << 30
+"""A copy of the set that breaks off begins no more than a part again."""
 _GLOBALS_LIMIT_BYTES = 64 << 20
 logger = logging.getLogger("athena_backup.postgres")
 
@@ -98,39 +107,52 @@ def write_database(
     bulk_oids = {table.oid for table in bulk}
     dump = _Dump(held, client, head, bulk)
 
-    def write(name: str, chunks: Callable[[Operation], Iterator[bytes]], turn: Turn) -> tuple[Part, ...]:
+    def write(
+        name: str, chunks: Callable[[Operation], Iterator[bytes]], turn: Turn, limit_bytes: int = part_limit_bytes
+    ) -> tuple[Part, ...]:
         return write_stream(
             Source(database.name, chunks),
             store,
             lambda number: f"{folder}{name}.{number:04}",
             operation,
-            part_limit_bytes=part_limit_bytes,
-            threads=turn.slots_now,
+            part_limit_bytes=limit_bytes,
             on_read=turn.give_back,
         )
 
     crew = crew or Crew(1)
     all_bytes = sum(sizes.values())
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
-    pieces = [table.ranges(range_bytes or range_size(table.size_bytes, all_bytes, crew.jobs)) for table in bulk]
+    with held.locks_lock, translating(held, operation):
+        is_near = is_on_this_machine(held.locks)
+    pieces = [
+        table.ranges(range_bytes or range_size(table.size_bytes, all_bytes, crew.jobs, is_near=is_near))
+        for table in bulk
+    ]
     ranges = [one for some in pieces for one in some]
     split = [some[0].table for some in pieces if len(some) > 1]
-    sessions = CopySessions(held, split)
+    sessions = CopySessions(held, bulk)
 
     def write_range(of: TableRange, turn: Turn) -> Stream:
         reading = RangeReading(sessions, of, turn)
-        parts = write(of.stream_name, reading.chunks, turn)
+        parts = write(of.stream_name, reading.chunks, turn, min(part_limit_bytes, _TABLE_PART_BYTES))
         return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
 
     units: list[Unit[Any]] = [
-        # However little it holds, it reads every catalog first.
+        # Before any table that it leaves to COPY: it locks them all, which DDL that comes meanwhile would be in the way of.
         Unit(
             small_bytes + _CATALOGS_BYTES,
             lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn), turn)),
+            rank=_FIRST_RANK if bulk else 0,
         ),
-        # First of all: what it looks at is locked for a moment only, and DDL that comes later may wait.
-        Unit(small_bytes, lambda _: read_facts(held, operation, uncounted=bulk_oids), rank=_FACTS_RANK),
-        *(Unit(of.size_bytes, partial(write_range, of), is_elastic=True) for of in ranges),
+        # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where it has to count the
+        # rows of all tables it is no light work.
+        Unit(
+            small_bytes,
+            lambda _: read_facts(held, operation, uncounted=bulk_oids),
+            rank=_FIRST_RANK,
+            needs_slot=not bulk,
+        ),
+        *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
         *(Unit(table.size_bytes, partial(count_rows, sessions, table, operation)) for table in split),
     ]
     try:

@@ -1,7 +1,6 @@
 """In which order a database is loaded: what can be done side by side, and what has to wait for what ("PostgreSQL", section 4)."""
 
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +12,15 @@ from athena_backup.crew import Turn, Unit
 from athena_backup.manifest import Stream
 from athena_backup.postgres.bulk import table_oid
 from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, but_rights
-from athena_backup.postgres.sessions import driver_of, quoted
+from athena_backup.postgres.sessions import is_on_this_machine, quoted
 
 if TYPE_CHECKING:
     from athena_backup.postgres.load import Loading
 
 _PARALLEL_EXTENSION_SINCE = 160_000
 WORKERS = "max_parallel_maintenance_workers"
-_SERVERS_SIDE = text(
-    "SELECT pg_catalog.host(pg_catalog.inet_server_addr()) AS server, pg_catalog.host(pg_catalog.inet_client_addr()) AS client,"
-    # Null in a server that is older than the setting (11).
-    f" pg_catalog.inet_client_port() AS client_port, pg_catalog.current_setting('{WORKERS}', true)::int AS allowed"
-)
+# Null in a server that is older than the setting (11).
+_ALLOWED = text(f"SELECT pg_catalog.current_setting('{WORKERS}', true)::int")
 
 
 @dataclass(frozen=True)
@@ -37,18 +33,9 @@ class IndexWorkers:
 
     @classmethod
     def of(cls, connection: Connection) -> "IndexWorkers":
-        """As the server behind ``connection`` has it; one on another machine knows best itself.
-
-        It is on ours if both ends of the connection say the same: behind a relay (`ssh -L`, `kubectl port-forward`, a pooler) the
-        server sees another port than ours. Where a socket in a file leads is not known; its server is nearly always here.
-        """
-        found = connection.execute(_SERVERS_SIDE).one()
-        with socket.socket(fileno=os.dup(driver_of(connection).fileno())) as own:
-            if own.family == socket.AF_UNIX:
-                is_ours = found.server is None
-            else:
-                is_ours = found.server == found.client and found.client_port == own.getsockname()[1]
-        return cls(found.allowed if is_ours else None, len(os.sched_getaffinity(0)))
+        """As the server behind ``connection`` has it; one on another machine knows best itself."""
+        allowed = connection.execute(_ALLOWED).scalar_one()
+        return cls(allowed if is_on_this_machine(connection) else None, len(os.sched_getaffinity(0)))
 
     def beside(self, others: int) -> int | None:
         """For each of several sessions at once, this one and ``others``; None: as the server is set.
@@ -154,7 +141,7 @@ class Plan:
         return units
 
     def _connections(self, size_bytes: int, jobs: int) -> int:
-        """How many sessions load a table: one, unless the others would have nothing else to do.
+        """How many sessions load a table: one, unless the others would have nothing else to do, and it was read in ranges.
 
         One writes rows as frozen. And before version 16 several wait for each other whenever the table's file grows (tried: two
         were hardly faster than one, for a third more of the server's processor time).

@@ -6,6 +6,7 @@ be incomplete or different ("PostgreSQL", section 2). Passwords go into environm
 
 import contextlib
 import os
+import socket
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,12 @@ COUNTING_SETTINGS = {"enable_indexonlyscan": "off", "enable_indexscan": "off", "
 
 # The driver has no codec for these. The bytes of SQL_ASCII mean nothing: as LATIN1 each comes and goes as it is.
 _CLIENT_ENCODINGS = {"SQL_ASCII": "LATIN1", "EUC_TW": "UTF8"}
+
+
+_SERVERS_SIDE = text(
+    "SELECT pg_catalog.host(pg_catalog.inet_server_addr()) AS server, pg_catalog.host(pg_catalog.inet_client_addr()) AS client,"
+    " pg_catalog.inet_client_port() AS client_port"
+)
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,19 @@ def driver_of(connection: Connection) -> "psycopg.Connection[Any]":
     if not isinstance(driver, psycopg.Connection):
         raise TypeError("every session of ours is psycopg's")
     return driver
+
+
+def is_on_this_machine(connection: Connection) -> bool:
+    """Whether the server shares this machine's cores with us; raises SQLAlchemy's errors.
+
+    It does if both ends of the connection say the same: behind a relay (`ssh -L`, `kubectl port-forward`, a pooler) the server sees
+    another port than ours. Where a socket in a file leads is not known; its server is nearly always here.
+    """
+    found = connection.execute(_SERVERS_SIDE).one()
+    with socket.socket(fileno=os.dup(driver_of(connection).fileno())) as own:
+        if own.family == socket.AF_UNIX:
+            return found.server is None
+        return bool(found.server == found.client and found.client_port == own.getsockname()[1])
 
 
 def codec(connection: Connection) -> str:

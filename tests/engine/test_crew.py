@@ -336,3 +336,28 @@ def test_a_thread_that_the_system_has_no_room_for_fails_its_call_alone(monkeypat
         with pytest.raises(RuntimeError, match="can't start new thread"):
             crew.run([Unit(1, lambda turn: None), Unit(1, lambda turn: None)])
     assert crew.run([Unit(1, lambda turn: turn.slots, is_elastic=True)]) == [2]
+
+
+def test_one_that_needs_no_slot_begins_at_once_and_takes_none() -> None:
+    crew, is_held, is_begun = Crew(1), threading.Event(), threading.Event()
+    free: list[int] = []
+
+    def hold(_: Turn) -> None:
+        is_held.set()
+        assert is_begun.wait(20)
+
+    def light(turn: Turn) -> None:
+        assert is_held.wait(20)
+        free.append(crew._free)
+        turn.give_back()
+        free.append(turn.slots_now())
+        is_begun.set()
+
+    crew.run([Unit(9, hold), Unit(1, light, needs_slot=False)])
+    assert free == [0, 1]
+    assert (crew._free, crew._without_slot) == (1, 0)
+    with pytest.raises(ZeroDivisionError):
+        crew.run(
+            [Unit(1, lambda _: 1 / 0, needs_slot=False), Unit(1, lambda _: 1.0), Unit(1, lambda _: 1.0, after=[1])]
+        )
+    assert (crew._free, crew._without_slot) == (1, 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from relays import relayed
 from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage, stock_dump
 from sqlalchemy import text
 
@@ -263,47 +264,78 @@ def big_table(make_database: Make, name: str) -> Database:
 
 
 @pytest.mark.parametrize(
-    ("rows", "jobs", "is_split"),
-    [(60_000, 1, False), (60_000, 2, True), (18_000, 2, False), (18_000, 4, True)],
-    ids=["one job", "more than the others can fill", "its share and half of it", "more jobs"],
+    ("rows", "jobs", "is_near", "is_split"),
+    [
+        (60_000, 1, True, False),
+        (60_000, 2, True, True),
+        (18_000, 2, True, False),
+        (18_000, 2, False, True),
+        (18_000, 4, True, True),
+        (7_000, 2, False, False),
+    ],
+    ids=["one job", "much more than its share", "half more", "half more, far away", "more jobs", "no more, far away"],
 )
-def test_only_a_table_that_would_be_read_alone_in_the_end_is_read_in_ranges(
-    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, rows: int, jobs: int, is_split: bool
+def test_only_a_table_that_others_would_wait_for_is_read_in_ranges(
+    make_database: Make,
+    local_store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    jobs: int,
+    is_near: bool,
+    is_split: bool,
 ) -> None:
-    """The big one is some 0.9 or 0.7 of the whole; with four jobs the other one is no more than its share."""
+    """The big one is some 0.9, 0.7 or 0.5 of the whole."""
     made = "CREATE TABLE {} AS SELECT i, repeat(md5(i::text), 4) x FROM generate_series(1, {}) i"
-    database = make_database("shares", f"{made.format('big', rows)}; {made.format('other', 7_000)}")
+    database = make_database("shares", f"{made.format('big', rows)}; {made.format('other', 7_050)}")
     monkeypatch.setattr("athena_backup.postgres.bulk.RANGE_BYTES", 1 << 20)
-    component = dump(database, local_store, jobs=jobs, bulk_bytes=1 << 20)
+    with contextlib.ExitStack() as stack:
+        if not is_near:
+            port = stack.enter_context(relayed(database.url.port or 0))
+            database = Database(database.name, database.url.set(port=port))
+        component = dump(database, local_store, jobs=jobs, bulk_bytes=1 << 20)
     copied = tables_by_copy(component)
     assert (len(copied["big"]) > 1) == is_split
-    assert len(copied["other"]) == 1
     assert sum(data.rows for data in copied["big"]) == rows
 
 
-def test_what_no_dump_holds_is_read_before_any_table_however_big(
+def test_a_table_in_one_piece_is_stored_in_parts_of_its_own_size(
     make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it looks at is locked for a moment only: DDL of the hours after it finds nothing left to change."""
-    done: list[str] = []
+    """A copy of the set goes on behind the last part that it has."""
+    monkeypatch.setattr("athena_backup.postgres.dump._TABLE_PART_BYTES", 1 << 20)
+    database = big_table(make_database, "parts")
+    before = content(database)
+    component = dump(database, local_store, jobs=1, bulk_bytes=1 << 20)
+    assert [len(stream.parts) > 1 for stream in component.streams] == [False, True]
+    sql(database, "DELETE FROM t")
+    restore(component, database, local_store)
+    assert content(database) == before
+
+
+def test_what_no_dump_holds_is_read_at_once_and_the_dump_begins_before_any_table(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they look at DDL may queue for in the hours after; the only slot is taken until the first of it has been read."""
+    has_facts = threading.Event()
+    written: list[str] = []
     real = read_facts
 
     def noted(*args: Any, **options: Any) -> Any:
         try:
             return real(*args, **options)
         finally:
-            done.append("facts")
+            has_facts.set()
 
     class NotingStore(LocalStore):
         def write(self, key: str, chunks: Iterable[bytes]) -> Entry:
-            done.append(key)
+            assert has_facts.wait(30)
+            written.append(key.rpartition("/")[2])
             return super().write(key, chunks)
 
     monkeypatch.setattr("athena_backup.postgres.dump.read_facts", noted)
     monkeypatch.setattr("athena_backup.postgres.dump._CATALOGS_BYTES", 0)
     dump(big_table(make_database, "first"), NotingStore(local_store.location.place), jobs=1, bulk_bytes=1 << 20)
-    assert done[0] == "facts"
-    assert len(done) == 3
+    assert [name.split(".")[0] == "dump" for name in written] == [True, False]
 
 
 class MeddledStore(LocalStore):
@@ -370,9 +402,10 @@ def queued_behind(database: Database, postgres: EmbeddedServer, statement: str) 
 
 
 def test_ddl_that_queues_for_a_table_that_is_still_to_be_read_fails_the_component_which_names_it(
-    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of one range each, so that no session locks the second before its turn.
+    """Of more tables than a session locks at its start."""
+    monkeypatch.setattr("athena_backup.postgres.copy_out._LOCKED_LIMIT", 1)
     make = "CREATE TABLE {} AS SELECT i, md5(i::text) x FROM generate_series(1, {}) i"
     database = make_database("queued", f"{make.format('t', 200_000)}; {make.format('u', 100_000)}")
     queued: list[threading.Thread] = []
@@ -385,6 +418,22 @@ def test_ddl_that_queues_for_a_table_that_is_still_to_be_read_fails_the_componen
     assert seen.value.step == "locking the tables"
     queued[0].join(20)
     assert not queued[0].is_alive()
+
+
+def test_ddl_that_queues_for_one_of_the_biggest_tables_waits_until_it_is_read(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    make = "CREATE TABLE {} AS SELECT i, md5(i::text) x FROM generate_series(1, {}) i"
+    database = make_database("second", f"{make.format('t', 200_000)}; {make.format('u', 100_000)}")
+    queued: list[threading.Thread] = []
+
+    def queue() -> None:
+        queued.append(queued_behind(database, postgres, "TRUNCATE u /* the second */"))
+
+    component = back_up(database, MeddledStore(local_store.location.place, queue), jobs=1, range_bytes=1 << 30)
+    queued[0].join(20)
+    assert not queued[0].is_alive()
+    assert rows_of(component.streams)["public", "u"] == 100_000
 
 
 def test_ddl_that_queues_between_the_ranges_of_a_table_waits_until_it_is_read(
