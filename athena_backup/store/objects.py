@@ -49,9 +49,9 @@ UPLOAD_PART_BYTES = 8 << 20
 """Size of an upload part and of a range that is read; 10,000 of them are more than the 64 GiB at which a part ends."""
 BUFFER_BUDGET_BYTES = 128 << 20
 """What all streams of one process together may hold in upload parts and ranges ("stores", section 4)."""
-_ENOUGH_BYTES = 96 << 20
-"""So much is used as long as it lets each stream have two parts or ranges under way: with more, a backup with two jobs held
-404 to 408 MB in its process, where 400 are allowed (design.md, section 7), instead of 367 to 379, and took the same time.
+_ENOUGH_BYTES = 80 << 20
+"""So much is used as long as it lets each stream have two parts or ranges under way: with 96 MiB a backup with two jobs held up
+to 391 MB in its process, where 400 are allowed (design.md, section 7), instead of 335 to 350, for the same processor time.
 """
 _PARALLEL_LIMIT = 8
 _TRIES = 4
