@@ -120,8 +120,8 @@ class Crew:
                 self._count += 1
                 order = (unit.rank, -unit.size_bytes, self._count)
                 batch.behind.append(_Waiting(order, unit, batch, index, contextvars.copy_context(), set(unit.after)))
-            self._queue(batch)
             try:
+                self._queue(batch)
                 self._start()
                 while batch.left:
                     self._changed.wait()
@@ -185,7 +185,12 @@ class Crew:
 
     def _do(self, one: _Waiting, held: _Held, others: int) -> None:
         turn = Turn(
-            *(held.slots, one.batch.check, lambda: self._give_back(held), lambda: self._slots_now(one.unit, held)),
+            *(
+                max(1, held.slots),
+                one.batch.check,
+                lambda: self._give_back(held),
+                lambda: self._slots_now(one.unit, held),
+            ),
             others,
         )
         try:

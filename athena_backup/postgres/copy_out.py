@@ -141,11 +141,11 @@ class CopySessions:
     """
 
     def __init__(self, held: Held, tables: Sequence[BulkTable]) -> None:
-        """``tables``: those that are read, of which every session locks the first at its start, as many as it may: DDL that
-        queues for one later waits, and does not come between two of its ranges.
+        """``tables``: those that are read, of which every session locks the first at its start: DDL that queues for one of
+        them later waits, and does not come between two of its ranges.
         """
         self._held = held
-        self._tables = tuple(tables[:_LOCKED_LIMIT])
+        self._tables = tuple(tables[: _LOCKED_LIMIT // 2])
         self._lock = threading.Lock()
         self._idle: list[_CopySession] = []
         self._is_closed = False
@@ -283,8 +283,8 @@ class _CopySession:
         self._import_snapshot()
         try:
             self._lock([table, *(one for one in self._tables if one != table)])
-        except asyncpg.LockNotAvailableError:
-            # What DDL waits for may have been read whole by now, or be another session's.
+        except (asyncpg.LockNotAvailableError, asyncpg.OutOfMemoryError):
+            # What DDL waits for may have been read whole by now, or be another session's; or the server has no room for more.
             self._import_snapshot()
             self._lock([table])
 

@@ -49,6 +49,7 @@ _MAGIC = b"PGDMP"
 _LOCK_WAIT_MILLISECONDS = 60_000
 _CATALOGS_BYTES = 64 << 20
 _FIRST_RANK = -1
+_LIGHT_BYTES = 64 << 20
 _TABLE_PART_BYTES = 4 << 30
 """A copy of the set that breaks off begins no more than a part again."""
 _GLOBALS_LIMIT_BYTES = 64 << 20
@@ -130,7 +131,7 @@ def write_database(
     ]
     ranges = [one for some in pieces for one in some]
     split = [some[0].table for some in pieces if len(some) > 1]
-    sessions = CopySessions(held, bulk)
+    sessions = CopySessions(held, [*split, *(table for table in bulk if table not in split)])
 
     def write_range(of: TableRange, turn: Turn) -> Stream:
         reading = RangeReading(sessions, of, turn)
@@ -144,13 +145,13 @@ def write_database(
             lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn), turn)),
             rank=_FIRST_RANK if bulk else 0,
         ),
-        # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where it has to count the
-        # rows of all tables it is no light work.
+        # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where it has to count many
+        # rows it is no light work.
         Unit(
             small_bytes,
             lambda _: read_facts(held, operation, uncounted=bulk_oids),
             rank=_FIRST_RANK,
-            needs_slot=not bulk,
+            needs_slot=not bulk or small_bytes > _LIGHT_BYTES,
         ),
         *(Unit(of.size_bytes, partial(write_range, of)) for of in ranges),
         *(Unit(table.size_bytes, partial(count_rows, sessions, table, operation)) for table in split),

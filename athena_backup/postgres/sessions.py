@@ -250,10 +250,13 @@ def is_on_this_machine(connection: Connection) -> bool:
     another port than ours. Where a socket in a file leads is not known; its server is nearly always here.
     """
     found = connection.execute(_SERVERS_SIDE).one()
-    with socket.socket(fileno=os.dup(driver_of(connection).fileno())) as own:
-        if own.family == socket.AF_UNIX:
-            return found.server is None
-        return bool(found.server == found.client and found.client_port == own.getsockname()[1])
+    try:
+        with socket.socket(fileno=os.dup(driver_of(connection).fileno())) as own:
+            if own.family == socket.AF_UNIX:
+                return found.server is None
+            return bool(found.server == found.client and found.client_port == own.getsockname()[1])
+    except (OSError, psycopg.Error):  # of a connection that is closed by now, or no descriptor is free
+        return False
 
 
 def codec(connection: Connection) -> str:
