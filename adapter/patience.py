@@ -36,7 +36,9 @@ def patient_client() -> Iterator[SyncPrefectClient]:
 
 def _pass_on_at_once(response: httpx.Response) -> None:
     if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-        response.headers.setdefault("Retry-After", "0")
+        # Whatever the server says of it: our own lets those wait longer and longer that ask in the middle of a backup, all who ask
+        # the same together, so that of many posts at once the last would have been refused.
+        response.headers["Retry-After"] = "0"
 
 
 class _Patient:

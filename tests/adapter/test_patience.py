@@ -26,6 +26,7 @@ def busy_server() -> Iterator[Callable[[int], str]]:
                 left[0] -= 1
                 body = b'"well"' if left[0] < 0 else b'{"exception_message": "Service Unavailable"}'
                 self.send_response(200 if left[0] < 0 else 503)
+                self.send_header("Retry-After", "16")  # as `deployments.prefect_server` says to those who come often
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
