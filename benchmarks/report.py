@@ -238,7 +238,7 @@ def _failures(results: Results) -> Iterator[str]:
         yield ""
         for run in failed:
             # Where this machine has its files is nobody's business.
-            said = re.sub(r"(/[\w.+ -]+)+/", "", run.failure.splitlines()[-1])[:300]
+            said = re.sub(r"(/[\w.+-]+)+/", "", run.failure.splitlines()[-1])[:300]
             yield f"- {run.case}, {run.contender}, {run.verb}, round {run.round + 1}: {said}"
         yield ""
 

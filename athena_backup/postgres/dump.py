@@ -50,6 +50,7 @@ _LOCK_WAIT_MILLISECONDS = 60_000
 _CATALOGS_BYTES = 64 << 20
 _FIRST_RANK = -1
 _LIGHT_BYTES = 64 << 20
+"""To count the rows of so much takes a moment."""
 _TABLE_PART_BYTES = 4 << 30
 """A copy of the set that breaks off begins no more than a part again."""
 _GLOBALS_LIMIT_BYTES = 64 << 20
@@ -145,10 +146,10 @@ def write_database(
             lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn), turn)),
             rank=_FIRST_RANK if bulk else 0,
         ),
-        # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where it has to count many
-        # rows it is no light work.
+        # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where many rows have to be
+        # counted it needs a slot, the first.
         Unit(
-            small_bytes,
+            small_bytes + 2 * _CATALOGS_BYTES,
             lambda _: read_facts(held, operation, uncounted=bulk_oids),
             rank=_FIRST_RANK,
             needs_slot=not bulk or small_bytes > _LIGHT_BYTES,

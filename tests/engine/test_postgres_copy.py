@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from relays import relayed
 from round_trip import ALL_BY_COPY, RESTORE, SET, Make, dump, restore, rows, stage, stock_dump
@@ -18,6 +19,7 @@ from athena_backup.errors import AthenaError, DamagedError, FinalError, PassingE
 from athena_backup.manifest import Component, TableData
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_stream
+from athena_backup.postgres import copy_out
 from athena_backup.postgres.bulk import BulkTable, TableRange, bulk_tables
 from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.copy_out import CopySessions, count_rows
@@ -284,7 +286,7 @@ def test_only_a_table_that_others_would_wait_for_is_read_in_ranges(
     is_near: bool,
     is_split: bool,
 ) -> None:
-    """The big one is some 0.9, 0.7 or 0.5 of the whole."""
+    """The big one is some 0.9 or 0.7 of the whole, or less than half."""
     made = "CREATE TABLE {} AS SELECT i, repeat(md5(i::text), 4) x FROM generate_series(1, {}) i"
     database = make_database("shares", f"{made.format('big', rows)}; {made.format('other', 7_000)}")
     monkeypatch.setattr("athena_backup.postgres.bulk.RANGE_BYTES", 1 << 20)
@@ -312,8 +314,9 @@ def test_a_table_in_one_piece_is_stored_in_parts_of_its_own_size(
     assert content(database) == before
 
 
+@pytest.mark.parametrize("light_bytes", [1 << 20, -1], ids=["without a slot", "in the first slot"])
 def test_what_no_dump_holds_is_read_at_once_and_the_dump_begins_before_any_table(
-    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, light_bytes: int
 ) -> None:
     """What they look at DDL may queue for in the hours after; the only slot is taken until the first of it has been read."""
     has_facts = threading.Event()
@@ -333,7 +336,9 @@ def test_what_no_dump_holds_is_read_at_once_and_the_dump_begins_before_any_table
             return super().write(key, chunks)
 
     monkeypatch.setattr("athena_backup.postgres.dump.read_facts", noted)
-    monkeypatch.setattr("athena_backup.postgres.dump._CATALOGS_BYTES", 0)
+    # So that the table is bigger than what the two have to read.
+    monkeypatch.setattr("athena_backup.postgres.dump._CATALOGS_BYTES", 1)
+    monkeypatch.setattr("athena_backup.postgres.dump._LIGHT_BYTES", light_bytes)
     dump(big_table(make_database, "first"), NotingStore(local_store.location.place), jobs=1, bulk_bytes=1 << 20)
     assert [name.split(".")[0] == "dump" for name in written] == [True, False]
 
@@ -434,6 +439,27 @@ def test_ddl_that_queues_for_one_of_the_biggest_tables_waits_until_it_is_read(
     queued[0].join(20)
     assert not queued[0].is_alive()
     assert rows_of(component.streams)["public", "u"] == 100_000
+
+
+def test_a_server_without_room_for_more_locks_is_asked_for_the_one_that_is_needed(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is made up: whose statement first finds the server's table of locks full is chance."""
+    asked: list[int] = []
+    real = copy_out._CopySession._lock
+
+    def full(session: copy_out._CopySession, tables: Sequence[BulkTable]) -> None:
+        asked.append(len(tables))
+        if len(tables) > 1:
+            raise asyncpg.OutOfMemoryError("out of shared memory")
+        real(session, tables)
+
+    monkeypatch.setattr(copy_out._CopySession, "_lock", full)
+    make = "CREATE TABLE {} AS SELECT i FROM generate_series(1, 1000) i"
+    database = make_database("locks", f"{make.format('t')}; {make.format('u')}")
+    component = back_up(database, local_store, jobs=1)
+    assert rows_of(component.streams) == {("public", "t"): 1_000, ("public", "u"): 1_000}
+    assert asked == [2, 1, 1]
 
 
 def test_ddl_that_queues_between_the_ranges_of_a_table_waits_until_it_is_read(
