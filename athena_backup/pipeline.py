@@ -24,11 +24,21 @@ from athena_backup.store import Store, UnsettledError
 
 PART_LIMIT_BYTES = 64 << 30
 """A part ends here and its stream goes on in the next one (design.md, section 3)."""
-COMPRESSION_LEVEL = 1
+_COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
+    1, window_log=19, min_match=6, hash_log=13, write_content_size=True, write_checksum=True
+)
+"""Level 1 with a table of half its size, which stays in a core's nearest cache, and without the shortest matches.
+
+COPY's bytes become no larger and cost 2 to 7 % less, ordinary files 0.3 % larger and 7 % less (tried).
+"""
 FRAME_BYTES = 4 << 20
 """Of raw bytes in a zstd frame: eight windows of this level, so that little is lost at its borders (1 MiB cost 6 %)."""
 THREADS_LIMIT = 64
 """The most threads that compress one stream."""
+_FRAMES_AHEAD = 1
+"""Beyond what may be compressed at once: who reads and who compresses take turns at the cores, and neither is to wait for the
+other's end. Without it a core was idle for 4 % of a backup (tried); each costs a stream some 7 MiB.
+"""
 _AHEAD_BYTES = 4 << 20
 _GRACE_SECONDS = 5.0
 _Result = TypeVar("_Result")
@@ -116,10 +126,11 @@ def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator
         idle.append(compressor)
         return frame
 
-    with ThreadPoolExecutor(THREADS_LIMIT, "zstd") as pool:
+    with ThreadPoolExecutor(THREADS_LIMIT + _FRAMES_AHEAD, "zstd") as pool:
         for block in blocks:
-            frames = [oldest() for _ in range(len(waiting) + 1 - min(threads(), THREADS_LIMIT))]
-            compressor = idle.pop() if idle else zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+            limit = min(threads(), THREADS_LIMIT) + _FRAMES_AHEAD
+            frames = [oldest() for _ in range(len(waiting) + 1 - limit)]
+            compressor = idle.pop() if idle else zstandard.ZstdCompressor(compression_params=_COMPRESSION)
             waiting.append((pool.submit(compressor.compress, block), compressor))
             yield from frames
         while waiting:

@@ -23,7 +23,7 @@ from benchmarks.installing import Tools
 from benchmarks.measuring import Meter, Usage, size_bytes
 from benchmarks.ours import JOBS, Ours, Service, running_service
 from benchmarks.physical_peers import encrypted_s3, physical_peers
-from benchmarks.results import Results, Run, Verb
+from benchmarks.results import Limit, Results, Run, Verb
 from benchmarks.servers import Cluster, running_cluster
 from benchmarks.subjects import Subject, database_subject, local_store, s3_store, volume_subject
 from benchmarks.volume_data import LargeFiles, SmallFiles, Volume
@@ -99,12 +99,22 @@ class Bench:
     """Parts of contenders' names; none: all."""
 
     def compete(
-        self, case: str, contenders: Sequence[Contender], settle: Callable[[], None], rest_seconds: float = 0
+        self,
+        case: str,
+        contenders: Sequence[Contender],
+        settle: Callable[[], None],
+        *,
+        limits: Callable[[], list[Limit]] = list,
+        rest_seconds: float = 0,
     ) -> None:
-        """All rounds of a case; ``rest_seconds`` is how long the machine is left alone before every turn."""
+        """All rounds of a case, the limits measured anew in each.
+
+        ``rest_seconds`` is how long the machine is left alone before every turn.
+        """
         self.results.begin(case, self.rounds)
         contenders = [one for one in contenders if not self.wanted or any(part in one.name for part in self.wanted)]
         for number in range(self.rounds):
+            self.results.limits.setdefault(case, []).extend(limits())
             start = number % max(1, len(contenders))
             for contender in [*contenders[start:], *contenders[:start]]:
                 time.sleep(rest_seconds)
@@ -114,16 +124,17 @@ class Bench:
         """One contender's turn; a failure is a result too, and the next one has its turn."""
         verb: Verb = "backup"
         try:
-            settle()
-            usage = contender.back_up()
-            stored = contender.stored_bytes()
-            self._keep(Run(case, contender.name, verb, number, usage, stored))
-            verb = "restore"
-            settle()
-            usage = contender.restore()
-            contender.verify()
-            self._keep(Run(case, contender.name, verb, number, usage, stored))
-            verb = "cleaning"
+            with contender.standing():
+                settle()
+                usage = contender.back_up()
+                stored = contender.stored_bytes()
+                self._keep(Run(case, contender.name, verb, number, usage, stored))
+                verb = "restore"
+                settle()
+                usage = contender.restore()
+                contender.verify()
+                self._keep(Run(case, contender.name, verb, number, usage, stored))
+                verb = "cleaning"
             contender.forget()
         except Exception as error:  # noqa: BLE001 - whatever it is, hours of other runs must not be lost by it
             self._keep(Run(case, contender.name, verb, number, None, failure=f"{type(error).__name__}: {error}"))
@@ -186,32 +197,34 @@ def _told(usage: Usage, stored_bytes: int) -> str:
     return f"{usage.seconds:7.2f} s, {cpu}, disk {usage.disk_busy_seconds:.1f} s, {sizes}"
 
 
-@contextlib.contextmanager
-def ours(
-    bench: Bench, name: str, subject: Subject, bucket: Bucket | None, jobs: int = JOBS
-) -> Iterator[tuple[Ours, Service]]:
+def ours(bench: Bench, name: str, subject: Subject, bucket: Bucket | None, jobs: int = JOBS) -> Ours:
     """Our service with a store of its own, as a contender of that name."""
     home = bench.work / f"service {name}"
-    shutil.rmtree(home, ignore_errors=True)
     store = bench.work / f"store {name}"
-    variables = local_store(store) if bucket is None else s3_store(bucket.server)
     sets = store / "app"
-    with running_service(
-        home, databases=subject.databases, volumes=subject.volumes, store=variables, jobs=jobs
-    ) as service:
-        contender = Ours(
-            name,
-            service,
-            Meter(subject.server_pid, () if bucket is None else (bucket.server.pid,)),
-            subject.damage,
-            subject.check,
-            stored=partial(size_bytes, sets) if bucket is None else bucket.size_bytes,
-            clean=partial(shutil.rmtree, sets, ignore_errors=True) if bucket is None else bucket.empty,
-            repair=subject.repair,
-        )
-        yield contender, service
-    shutil.rmtree(store, ignore_errors=True)
-    shutil.rmtree(home, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def start() -> Iterator[Service]:
+        variables = local_store(store) if bucket is None else s3_store(bucket.server)
+        try:
+            with running_service(
+                home, databases=subject.databases, volumes=subject.volumes, store=variables, jobs=jobs
+            ) as service:
+                yield service
+        finally:
+            shutil.rmtree(store, ignore_errors=True)
+            shutil.rmtree(home, ignore_errors=True)
+
+    return Ours(
+        name,
+        start,
+        Meter(subject.server_pid, () if bucket is None else (bucket.server.pid,)),
+        subject.damage,
+        subject.check,
+        stored=partial(size_bytes, sets) if bucket is None else bucket.size_bytes,
+        clean=partial(shutil.rmtree, sets, ignore_errors=True) if bucket is None else bucket.empty,
+        repair=subject.repair,
+    )
 
 
 def databases(bench: Bench) -> None:
@@ -221,15 +234,18 @@ def databases(bench: Bench) -> None:
         cluster, before = stack.enter_context(bench.cluster(asked))
         _describe_database(bench, cluster)
         place = stack.enter_context(bench.place())
-        bench.results.limits[DATABASES] = limit.database_limits(cluster, bench.tools.clients / "psql", place.bucket)
         encrypted = stack.enter_context(encrypted_s3(bench.work / "s3-tls")) if bench.tools.has("pgbackrest") else None
         subject = database_subject(cluster, asked, before)
-        local, service = stack.enter_context(ours(bench, OURS, subject, None))
-        # Before there is another service to share pages with.
-        bench.results.rest = service.at_rest(_REST_SECONDS)
-        remote, _ = stack.enter_context(ours(bench, OURS_S3, subject, place.bucket))
+        local, remote = ours(bench, OURS, subject, None), ours(bench, OURS_S3, subject, place.bucket)
+        with local.standing():
+            bench.results.rest = local.at_rest(_REST_SECONDS)
         peers = [*dump_peers(place, cluster, before), *physical_peers(place, cluster, before, encrypted)]
-        bench.compete(DATABASES, [local, *peers, remote], partial(bench.settled, cluster))
+        bench.compete(
+            DATABASES,
+            [local, *peers, remote],
+            partial(bench.settled, cluster),
+            limits=partial(limit.database_limits, cluster, bench.tools.clients / "psql", place.bucket),
+        )
 
 
 def _describe_database(bench: Bench, cluster: Cluster) -> None:
@@ -259,18 +275,16 @@ def tables(bench: Bench) -> None:
 def _against_zstd(bench: Bench, case: str, asked: Database) -> None:
     with bench.cluster(asked) as (cluster, before), bench.place() as place:
         subject = database_subject(cluster, asked, before)
-        with ours(bench, OURS, subject, None) as (local, _):
-            peers = [one for one in dump_peers(place, cluster, before) if one.name == DIRECTORY_ZSTD]
-            bench.compete(case, [local, *peers], partial(bench.settled, cluster))
+        peers = [one for one in dump_peers(place, cluster, before) if one.name == DIRECTORY_ZSTD]
+        bench.compete(case, [ours(bench, OURS, subject, None), *peers], partial(bench.settled, cluster))
 
 
 def jobs(bench: Bench) -> None:
     """Ours alone, with more and more jobs."""
     asked = Bulk(GROWTH_UNITS[-1], bench.size.rows)
-    with contextlib.ExitStack() as stack:
-        cluster, before = stack.enter_context(bench.cluster(asked))
+    with bench.cluster(asked) as (cluster, before):
         subject = database_subject(cluster, asked, before)
-        all_ours = [stack.enter_context(ours(bench, jobs_name(one), subject, None, one))[0] for one in ALL_JOBS]
+        all_ours = [ours(bench, jobs_name(one), subject, None, one) for one in ALL_JOBS]
         bench.compete("jobs", all_ours, partial(bench.settled, cluster))
 
 
@@ -289,19 +303,26 @@ def _volume(bench: Bench, case: str, asked: Volume) -> None:
         shutil.rmtree(volume)
         volume_data.build(volume, asked)
         before = volume_data.fingerprint(volume)
-    with contextlib.ExitStack() as stack:
-        place = stack.enter_context(bench.place())
-        found = limit.volume_limit(volume, place.bucket)
-        bench.results.limits[case] = [found]
-        bench.results.data[case] = (
-            f"{len(before):,} files, {found.raw_bytes / 1e9:.2f} GB, by zstd 1: {found.compressed_bytes / 1e9:.2f} GB"
-        )
+    with bench.place() as place:
+
+        def limits() -> list[Limit]:
+            found = limit.volume_limit(volume, place.bucket)
+            sizes = f"{found.raw_bytes / 1e9:.2f} GB, by zstd 1: {found.compressed_bytes / 1e9:.2f} GB"
+            bench.results.data[case] = f"{len(before):,} files, {sizes}"
+            return [found]
+
         subject = volume_subject(volume, asked, before)
-        local, _ = stack.enter_context(ours(bench, OURS, subject, None))
-        remote, _ = stack.enter_context(ours(bench, OURS_S3, subject, place.bucket))
-        contenders = [local, *volume_peers(place, volume, before), remote]
-        rest_seconds = _INODES_SECONDS if isinstance(asked, SmallFiles) else 0
-        bench.compete(case, contenders, partial(bench.settled_files, volume), rest_seconds)
+        bench.compete(
+            case,
+            [
+                ours(bench, OURS, subject, None),
+                *volume_peers(place, volume, before),
+                ours(bench, OURS_S3, subject, place.bucket),
+            ],
+            partial(bench.settled_files, volume),
+            limits=limits,
+            rest_seconds=_INODES_SECONDS if isinstance(asked, SmallFiles) else 0,
+        )
 
 
 CASES: dict[str, Callable[[Bench], None]] = {

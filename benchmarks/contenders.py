@@ -28,6 +28,9 @@ class Contender(Protocol):
     def name(self) -> str:
         """As in the results."""
 
+    def standing(self) -> contextlib.AbstractContextManager[None]:
+        """What has to run before anything is asked of it; while others have their turns it does not."""
+
     def back_up(self) -> Usage:
         """Take one full backup."""
 
@@ -112,6 +115,10 @@ class ShellPeer:
     """A failure of the restore that is none."""
     bucket: Bucket | None = None
     """The bucket, if it is not the place's."""
+
+    def standing(self) -> contextlib.AbstractContextManager[None]:
+        """See `Contender`: a command runs when it is measured."""
+        return contextlib.nullcontext()
 
     def back_up(self) -> Usage:
         """See `Contender`."""

@@ -44,7 +44,7 @@ def database_limits(cluster: Cluster, psql: Path, bucket: Bucket) -> list[Limit]
         found.append(
             Limit(
                 *(form, raw, compressed, server, zstd, receive * raw, (send + receive) * compressed),
-                proof_cpu_seconds=sha256 * compressed,
+                sha256_cpu_seconds=sha256 * compressed,
                 store_cpu_seconds=(send + service) * compressed,
             )
         )
@@ -119,7 +119,7 @@ def volume_limit(directory: Path, bucket: Bucket) -> Limit:
     compressed += len(compressor.flush())
     return Limit(
         *("files", raw, compressed, reading, zstd, 0.0, (send + receive) * compressed),
-        proof_cpu_seconds=sha256 * compressed,
+        sha256_cpu_seconds=sha256 * compressed,
         store_cpu_seconds=(send + service) * compressed,
     )
 

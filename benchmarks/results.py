@@ -42,8 +42,8 @@ class Limit:
     """Of taking the raw bytes from a socket."""
     loopback_cpu_seconds: float
     """Of sending the compressed bytes to a store on this machine, and of receiving them there."""
-    proof_cpu_seconds: float | None = None
-    """Of what a set needs besides its bytes: SHA-256."""
+    sha256_cpu_seconds: float | None = None
+    """Of what a set needs besides its bytes."""
     store_cpu_seconds: float | None = None
     """Instead of the loopback's: of sending the compressed bytes, and of all that the S3 server on this machine does with them."""
 
@@ -55,9 +55,9 @@ class Limit:
     def whole_seconds(self, *, remote: bool) -> float | None:
         """The same with what a set needs besides, and the S3 server; None where that was not measured."""
         store = self.store_cpu_seconds if remote else 0.0
-        if self.proof_cpu_seconds is None or store is None:
+        if self.sha256_cpu_seconds is None or store is None:
             return None
-        return self.seconds(remote=False) + (self.proof_cpu_seconds + store) / cores()
+        return self.seconds(remote=False) + (self.sha256_cpu_seconds + store) / cores()
 
 
 @dataclass
@@ -73,11 +73,13 @@ class Results:
     rest: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Each standing process of our service: memory in bytes, share of a core."""
     limits: dict[str, list[Limit]] = field(default_factory=dict)
+    """Of each case, in each round one for each form."""
     runs: list[Run] = field(default_factory=list)
 
     def begin(self, case: str, rounds: int) -> None:
         """Forget what an earlier benchmark has measured in this case."""
         self.runs = [one for one in self.runs if one.case != case]
+        self.limits.pop(case, None)
         self.rounds[case] = rounds
         self.machine |= {**machine(), "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
 
@@ -101,6 +103,16 @@ class Results:
     def median(self, case: str, contender: str, verb: Verb, what: Callable[[Usage], float]) -> float | None:
         """The median of one figure; None where nothing was measured."""
         return median(what(one.usage) for one in self.of(case, contender, verb) if one.usage is not None)
+
+    def middle_limits(self, case: str) -> list[Limit]:
+        """Of each form the one of the round in which it was the median; of two the lower."""
+        forms = dict.fromkeys(one.form for one in self.limits.get(case, []))
+        return [self._middle_limit(case, form) for form in forms]
+
+    def _middle_limit(self, case: str, form: str) -> Limit:
+        found = [one for one in self.limits[case] if one.form == form]
+        middle = statistics.median_low(one.seconds(remote=False) for one in found)
+        return next(one for one in found if one.seconds(remote=False) == middle)
 
     def seconds(self, case: str, contender: str, verb: Verb) -> float | None:
         """The median of the wall time."""
