@@ -24,20 +24,14 @@ from athena_backup.store import Store, UnsettledError
 
 PART_LIMIT_BYTES = 64 << 30
 """A part ends here and its stream goes on in the next one (design.md, section 3)."""
-_COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
-    1, window_log=19, min_match=6, hash_log=13, write_content_size=True, write_checksum=True
-)
-"""Level 1 with a table of half its size, which stays in a core's nearest cache, and without the shortest matches.
-
-COPY's bytes become no larger and cost 2 to 7 % less, ordinary files 0.3 % larger and 7 % less (tried).
-"""
+COMPRESSION_LEVEL = 1
 FRAME_BYTES = 4 << 20
 """Of raw bytes in a zstd frame: eight windows of this level, so that little is lost at its borders (1 MiB cost 6 %)."""
 THREADS_LIMIT = 64
 """The most threads that compress one stream."""
 _FRAMES_AHEAD = 1
-"""Beyond what may be compressed at once: who reads and who compresses take turns at the cores, and neither is to wait for the
-other's end. Without it a core was idle for 4 % of a backup (tried); each costs a stream some 7 MiB.
+"""Raw frames that wait to be compressed: who reads and who compresses take turns at the cores, and neither is to wait until the
+other has had one. Without it a core was idle for 4 % more of a backup (tried).
 """
 _AHEAD_BYTES = 4 << 20
 _GRACE_SECONDS = 5.0
@@ -113,28 +107,55 @@ class _Lookahead:
 
 
 def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator[bytes]:
-    """Each block as a zstd frame, in order; while some are compressed the next is read and the one before is stored.
+    """Each block as a zstd frame, in order; while some are compressed the next are read and the one before is stored.
 
     One call a frame: where zstd is fed piece by piece it first copies what it gets, and then finds matches more slowly.
     """
     idle: list[zstandard.ZstdCompressor] = []  # each is for one thread at a time
-    waiting: deque[tuple[Future[bytes], zstandard.ZstdCompressor]] = deque()
+    waiting: deque[Future[bytes]] = deque()
+    gate = _Gate()
 
-    def oldest() -> bytes:
-        future, compressor = waiting.popleft()
-        frame = future.result()
-        idle.append(compressor)
+    def compress(block: bytes) -> bytes:
+        with gate:
+            compressor = idle.pop() if idle else zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+            frame = compressor.compress(block)
+            idle.append(compressor)
         return frame
 
     with ThreadPoolExecutor(THREADS_LIMIT + _FRAMES_AHEAD, "zstd") as pool:
         for block in blocks:
-            limit = min(threads(), THREADS_LIMIT) + _FRAMES_AHEAD
-            frames = [oldest() for _ in range(len(waiting) + 1 - limit)]
-            compressor = idle.pop() if idle else zstandard.ZstdCompressor(compression_params=_COMPRESSION)
-            waiting.append((pool.submit(compressor.compress, block), compressor))
+            limit = min(threads(), THREADS_LIMIT)
+            gate.widen(limit)
+            frames = [waiting.popleft().result() for _ in range(len(waiting) + 1 - limit - _FRAMES_AHEAD)]
+            waiting.append(pool.submit(compress, block))
             yield from frames
         while waiting:
-            yield oldest()
+            yield waiting.popleft().result()
+
+
+class _Gate:
+    """A context that so many threads are in at once as was said last; others wait until one leaves."""
+
+    def __init__(self) -> None:
+        self._limit = 1
+        self._inside = 0
+        self._changed = threading.Condition()
+
+    def widen(self, limit: int) -> None:
+        """Let ``limit`` in at once from now on; if that is fewer, nobody is sent out."""
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._inside < self._limit)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
 
 
 def _write_part(
@@ -153,7 +174,8 @@ def _write_part(
 
     def blocks() -> Iterator[bytes]:
         nonlocal raw_size_bytes
-        # What is still being compressed is counted as if it could not be: a part holds a frame less, never one more.
+        # What is not compressed yet is counted as if it could not be: a part may end early, and late by no more than what the
+        # source hands out at once.
         while raw_size_bytes == 0 or (ahead.more and size_bytes + sum(compressing) < limit_bytes):
             operation.check()
             block = ahead.take(min(FRAME_BYTES, limit_bytes - size_bytes - sum(compressing)))

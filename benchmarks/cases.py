@@ -21,7 +21,7 @@ from benchmarks.database_data import DATABASE, Bulk, Database, Many
 from benchmarks.dump_peers import DIRECTORY_ZSTD, RESTORED, dump_peers
 from benchmarks.installing import Tools
 from benchmarks.measuring import Meter, Usage, size_bytes
-from benchmarks.ours import JOBS, Ours, Service, running_service
+from benchmarks.ours import JOBS, Ours, OursFailedError, Service, running_service
 from benchmarks.physical_peers import encrypted_s3, physical_peers
 from benchmarks.results import Limit, Results, Run, Verb
 from benchmarks.servers import Cluster, running_cluster
@@ -114,11 +114,18 @@ class Bench:
         self.results.begin(case, self.rounds)
         contenders = [one for one in contenders if not self.wanted or any(part in one.name for part in self.wanted)]
         for number in range(self.rounds):
-            self.results.limits.setdefault(case, []).extend(limits())
+            settle()
+            self._measure_limits(case, number, limits)
             start = number % max(1, len(contenders))
             for contender in [*contenders[start:], *contenders[:start]]:
                 time.sleep(rest_seconds)
                 self._turn(case, contender, number, settle)
+
+    def _measure_limits(self, case: str, number: int, limits: Callable[[], list[Limit]]) -> None:
+        try:
+            self.results.limits.setdefault(case, []).extend(limits())
+        except Exception as error:  # noqa: BLE001 - as of a turn
+            self._keep(Run(case, "limit", "backup", number, None, failure=f"{type(error).__name__}: {error}"))
 
     def _turn(self, case: str, contender: Contender, number: int, settle: Callable[[], None]) -> None:
         """One contender's turn; a failure is a result too, and the next one has its turn."""
@@ -205,6 +212,8 @@ def ours(bench: Bench, name: str, subject: Subject, bucket: Bucket | None, jobs:
 
     @contextlib.contextmanager
     def start() -> Iterator[Service]:
+        for leftover in (home, store):
+            shutil.rmtree(leftover, ignore_errors=True)
         variables = local_store(store) if bucket is None else s3_store(bucket.server)
         try:
             with running_service(
@@ -237,7 +246,8 @@ def databases(bench: Bench) -> None:
         encrypted = stack.enter_context(encrypted_s3(bench.work / "s3-tls")) if bench.tools.has("pgbackrest") else None
         subject = database_subject(cluster, asked, before)
         local, remote = ours(bench, OURS, subject, None), ours(bench, OURS_S3, subject, place.bucket)
-        with local.standing():
+        # A service that does not start is told of in its turns.
+        with contextlib.suppress(OursFailedError), local.standing():
             bench.results.rest = local.at_rest(_REST_SECONDS)
         peers = [*dump_peers(place, cluster, before), *physical_peers(place, cluster, before, encrypted)]
         bench.compete(

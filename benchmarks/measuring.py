@@ -1,7 +1,7 @@
 """What one run costs: wall seconds, CPU seconds of client, server and bystanders, and the client's peak of memory.
 
 Everything is read from /proc, alike for every contender. Memory is proportional (PSS), so that what processes share counts
-once; it is read whenever the cheaper resident sum reaches a new height, looked at 20 times a second.
+once; it is read whenever the cheaper resident sum reaches a new height, looked at 10 times a second.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """Ours: the whole service as `athena-backup up` starts it, asked by its API, timed by what Prefect says of the flow run.
 
-It runs in its own turns only, as one service does on a person's machine. To hold it still meanwhile would not do: when it wakes,
-all that Prefect's server does now and then is due at once and locks its database, so that more requests have to be sent again
-than otherwise (measured: in 4 of 16 operations against 1 of 16).
+It is started anew before each of its turns, on an empty home, and stands in no other's. To hold it still meanwhile would not do:
+when it wakes, all that Prefect's server does now and then is due at once and locks its database, so that more requests have to be
+sent again than otherwise (measured: in 4 of 16 operations against 1 of 16).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _POLL_SECONDS = 2
 _BUSY_SECONDS = 0.5
 _EXIT_SECONDS = 20
 _WARM_SECONDS = 5
-"""After its start: what Prefect's server does at once and then now and then is no part of what is asked of it."""
+"""After its start: what Prefect's server does once is no part of what is asked of it."""
 _ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 _PARTS = {
     "deployments.prefect_server": "Prefect server",
@@ -263,9 +263,12 @@ class Ours:
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """The service, started on an empty home."""
-        with self.start() as self.service:
-            time.sleep(_WARM_SECONDS)
-            yield
+        try:
+            with self.start() as self.service:
+                time.sleep(_WARM_SECONDS)
+                yield
+        finally:
+            self.service = None
 
     def at_rest(self, seconds: float) -> dict[str, tuple[int, float]]:
         """See `Service.at_rest`."""

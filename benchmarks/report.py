@@ -36,7 +36,8 @@ def _lines(results: Results) -> Iterator[str]:
     yield ""
     yield from (f"- {name}: {told}" for name, told in results.machine.items())
     yield from (f"- data, {name}: {told}" for name, told in results.data.items())
-    yield f"- rounds: {', '.join(f'{case} {rounds}' for case, rounds in results.rounds.items())}"
+    rounds = (f"{case} {rounds} ({results.began[case]})" for case, rounds in results.rounds.items())
+    yield f"- rounds, and when the first began: {', '.join(rounds)}"
     yield ""
     yield from _HOW
     yield ""
@@ -63,9 +64,9 @@ _HOW = [
         " `pg_dump` that it finds, the server's own version; its restores include ANALYZE, the switch and the removal of what"
         " lived before. Peers' databases are restored into an empty one. Ours and pg_dump sync what they write; `tar | zstd` does"
         " not. Physical peers copy the whole cluster, indexes included. What S3 is: SeaweedFS by plain http, with TLS for"
-        " pgBackRest, which speaks nothing else. Our service runs in its own turns only. The limits are measured in each round;"
-        " the median one counts. Before each turn with the small files the machine rests for 61 s: for so long after files were"
-        " deleted ext4 without a journal is slow to make others, by whomever."
+        " pgBackRest, which speaks nothing else. Our service runs in its own turns only, each time started anew on an empty home."
+        " The limits are measured in each round; of every piece the median counts. Before each turn with the small files the"
+        " machine rests for 61 s: for so long after files were deleted ext4 without a journal is slow to make others, by whomever."
     )
 ]
 
@@ -150,7 +151,7 @@ def _jobs(results: Results) -> list[tuple[str, ...]]:
 def _bounds(results: Results) -> Iterator[str]:
     rows = []
     for case in results.limits:
-        for one in results.middle_limits(case):
+        for one in results.median_limits(case):
             for name, remote in ((OURS, False), (OURS_S3, True)):
                 floor, ours = one.seconds(remote=remote), results.seconds(case, name, "backup")
                 whole = one.whole_seconds(remote=remote)

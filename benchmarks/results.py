@@ -12,6 +12,8 @@ from typing import Literal
 
 from benchmarks.measuring import Usage
 
+METHOD = 2
+"""Of measuring: what was measured by another one can't stand beside what is measured now."""
 Verb = Literal["backup", "restore", "cleaning"]
 
 
@@ -33,8 +35,8 @@ class Limit:
     """What a backup can't do without, measured piece by piece, in CPU seconds."""
 
     form: str
-    raw_bytes: int
-    compressed_bytes: int
+    raw_bytes: float
+    compressed_bytes: float
     server_cpu_seconds: float
     """Of PostgreSQL for COPY (of files: of reading them)."""
     zstd_cpu_seconds: float
@@ -42,9 +44,9 @@ class Limit:
     """Of taking the raw bytes from a socket."""
     loopback_cpu_seconds: float
     """Of sending the compressed bytes to a store on this machine, and of receiving them there."""
-    sha256_cpu_seconds: float | None = None
+    sha256_cpu_seconds: float
     """Of what a set needs besides its bytes."""
-    store_cpu_seconds: float | None = None
+    store_cpu_seconds: float
     """Instead of the loopback's: of sending the compressed bytes, and of all that the S3 server on this machine does with them."""
 
     def seconds(self, *, remote: bool) -> float:
@@ -52,11 +54,9 @@ class Limit:
         needed = self.server_cpu_seconds + self.zstd_cpu_seconds + self.receive_cpu_seconds
         return (needed + (self.loopback_cpu_seconds if remote else 0.0)) / cores()
 
-    def whole_seconds(self, *, remote: bool) -> float | None:
-        """The same with what a set needs besides, and the S3 server; None where that was not measured."""
+    def whole_seconds(self, *, remote: bool) -> float:
+        """The same with what a set needs besides, and the S3 server."""
         store = self.store_cpu_seconds if remote else 0.0
-        if self.sha256_cpu_seconds is None or store is None:
-            return None
         return self.seconds(remote=False) + (self.sha256_cpu_seconds + store) / cores()
 
 
@@ -70,6 +70,9 @@ class Results:
     data: dict[str, str] = field(default_factory=dict)
     """What the data sets are, measured."""
     rounds: dict[str, int] = field(default_factory=dict)
+    began: dict[str, str] = field(default_factory=dict)
+    """When each case was begun."""
+    method: int = METHOD
     rest: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Each standing process of our service: memory in bytes, share of a core."""
     limits: dict[str, list[Limit]] = field(default_factory=dict)
@@ -80,8 +83,8 @@ class Results:
         """Forget what an earlier benchmark has measured in this case."""
         self.runs = [one for one in self.runs if one.case != case]
         self.limits.pop(case, None)
-        self.rounds[case] = rounds
-        self.machine |= {**machine(), "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+        self.rounds[case], self.began[case] = rounds, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        self.machine |= machine()
 
     def add(self, run: Run) -> None:
         """Keep a run, on the disk too."""
@@ -104,15 +107,15 @@ class Results:
         """The median of one figure; None where nothing was measured."""
         return median(what(one.usage) for one in self.of(case, contender, verb) if one.usage is not None)
 
-    def middle_limits(self, case: str) -> list[Limit]:
-        """Of each form the one of the round in which it was the median; of two the lower."""
+    def median_limits(self, case: str) -> list[Limit]:
+        """One for each form: of every piece the median of all rounds."""
         forms = dict.fromkeys(one.form for one in self.limits.get(case, []))
-        return [self._middle_limit(case, form) for form in forms]
+        return [self._median_limit(case, form) for form in forms]
 
-    def _middle_limit(self, case: str, form: str) -> Limit:
-        found = [one for one in self.limits[case] if one.form == form]
-        middle = statistics.median_low(one.seconds(remote=False) for one in found)
-        return next(one for one in found if one.seconds(remote=False) == middle)
+    def _median_limit(self, case: str, form: str) -> Limit:
+        found = [asdict(one) for one in self.limits[case] if one.form == form]
+        pieces = {name: statistics.median(one[name] for one in found) for name in found[0] if name != "form"}
+        return Limit(form, **pieces)
 
     def seconds(self, case: str, contender: str, verb: Verb) -> float | None:
         """The median of the wall time."""
@@ -126,11 +129,12 @@ def median(values: Iterable[float]) -> float | None:
 
 
 def load(size: str, path: Path) -> Results:
-    """What is on the disk, or nothing yet."""
+    """What is on the disk by the same method, or nothing yet."""
     results = Results(size, path)
-    if path.exists():
-        read = json.loads(path.read_text())
-        results.machine, results.data, results.rounds = read["machine"], read["data"], read["rounds"]
+    read = json.loads(path.read_text()) if path.exists() else {}
+    if read.get("method") == METHOD:
+        results.machine, results.data = read["machine"], read["data"]
+        results.rounds, results.began = read["rounds"], read["began"]
         results.rest = {name: (int(memory), float(share)) for name, (memory, share) in read["rest"].items()}
         results.limits = {name: [Limit(**one) for one in limits] for name, limits in read["limits"].items()}
         results.runs = [Run(**{**one, "usage": one["usage"] and Usage(**one["usage"])}) for one in read["runs"]]

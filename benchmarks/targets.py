@@ -52,12 +52,9 @@ def _rows(results: Results) -> Iterator[tuple[str, str, str, str] | None]:
         yield _row(what, mine / theirs if mine and theirs else None, one.allowed)
     for name, remote in ((OURS, False), (OURS_S3, True)):
         mine = results.seconds(DATABASES, name, "backup")
-        for limit in results.middle_limits(DATABASES):
+        for limit in results.median_limits(DATABASES):
             what = f"{DATABASES}, backup: {name} ÷ limit with {limit.form} COPY"
             yield _row(what, mine / limit.seconds(remote=remote) if mine else None, _LIMIT)
-            whole = limit.whole_seconds(remote=remote)
-            if remote and mine and whole:
-                yield _row(f"{what}, and what SHA-256 and the S3 server take of the same cores", mine / whole, _LIMIT)
     first, last = (results.seconds(growth_case(units), OURS, "backup") for units in (GROWTH_UNITS[0], GROWTH_UNITS[-1]))
     yield _row("16x the data ÷ 1x, backup", last / first if first and last else None, _GROWTH)
     first, last = (

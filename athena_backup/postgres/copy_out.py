@@ -221,7 +221,7 @@ class _CopySession:
     def copy(self, of: TableRange, ended: Callable[[int], None]) -> Iterator[bytes]:
         """A range's bytes in blocks of about a frame; ``ended`` is called with the number of rows behind the last one.
 
-        The thread that takes the blocks runs the driver's event loop between them: while it compresses, the server fills the
+        The thread that takes the blocks runs the driver's event loop between them: while it stores, the server fills the
         socket's buffer, and when that is full, waits.
         """
         with self._told(of.table):

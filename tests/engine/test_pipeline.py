@@ -1,9 +1,11 @@
 """A stream comes back exactly as it went in, or an error says that it doesn't."""
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -67,7 +69,7 @@ def test_a_stream_beyond_the_limit_goes_on_in_the_next_part_and_cat_joins_them(l
     assert zstandard.ZstdDecompressor().stream_reader(joined, read_across_frames=True).read() == data
 
 
-def test_one_frame_more_is_compressed_at_once_than_are_allowed_at_that_moment(
+def test_one_frame_more_is_under_way_than_may_be_compressed_at_that_moment(
     local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed, most, frames = [1, 1, 3, 3, 3, 3, 1, 1, 1, 2], [], 10
@@ -91,6 +93,95 @@ def test_one_frame_more_is_compressed_at_once_than_are_allowed_at_that_moment(
     )
     assert most == [1, 2, 3, 4, 4, 4, 2, 2, 2, 3]
     assert read(local_store, parts) == data
+
+
+class Compressing:
+    """Stands before zstd's compressor, and sees how many are at work at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
+        self.most = 0
+        self._inside = 0
+        self._lock = threading.Lock()
+        self._before = before
+        self._real = zstandard.ZstdCompressor
+        monkeypatch.setattr(zstandard, "ZstdCompressor", self._made)
+
+    def _made(self, **options: Any) -> "Compressing":
+        self._options = options
+        return self
+
+    def compress(self, block: bytes) -> bytes:
+        with self._lock:
+            self._inside += 1
+            self.most = max(self.most, self._inside)
+        self._before()
+        frame = self._real(**self._options).compress(block)
+        with self._lock:
+            self._inside -= 1
+        return frame
+
+
+def test_the_next_frame_is_read_and_waits_while_one_is_compressed(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_read_on = threading.Event()
+
+    def before() -> None:
+        # Behind the frame at work one waits, one more has been read, and its reader has looked whether there is another.
+        assert is_read_on.wait(20)
+
+    def chunks(_: Operation) -> Iterator[bytes]:
+        for number in range(6):
+            if number == 3:
+                is_read_on.set()
+            yield noise(pipeline.FRAME_BYTES)
+
+    compressing = Compressing(monkeypatch, before)
+    write_stream(Source("asp", chunks), local_store, lambda number: f"set/dump.{number:04}", Operation())
+    assert compressing.most == 1
+
+
+def test_as_many_frames_are_compressed_at_once_as_are_allowed(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(3)
+    compressing = Compressing(monkeypatch, lambda: together.wait(20) and None)
+    chunks = [noise(pipeline.FRAME_BYTES)] * 9
+    parts = write_stream(
+        source(*chunks), local_store, lambda number: f"set/dump.{number:04}", Operation(), threads=lambda: 3
+    )
+    monkeypatch.undo()
+    assert compressing.most == 3
+    assert read(local_store, parts) == b"".join(chunks)
+
+
+@pytest.mark.parametrize("size_bytes", [1, 1_000, pipeline.FRAME_BYTES])
+def test_a_frame_says_how_much_it_holds_and_carries_a_checksum(local_store: LocalStore, size_bytes: int) -> None:
+    (part,) = write(local_store, noise(size_bytes))
+    said = zstandard.get_frame_parameters(path_of(local_store, part).read_bytes())
+    assert (said.content_size, said.has_checksum) == (size_bytes, True)
+    # What every decoder should support (RFC 8878, section 3.1.1.1.2).
+    assert said.window_size <= 8 << 20
+
+
+@pytest.mark.parametrize("noise_bytes", [1 << 20, 1 << 19])
+def test_no_part_is_larger_than_allowed_however_many_frames_are_under_way(
+    local_store: LocalStore, noise_bytes: int
+) -> None:
+    chunk_bytes, limit_bytes = 1 << 20, 10 << 20
+    chunks = [noise(noise_bytes) + bytes(chunk_bytes - noise_bytes)] * 40
+    parts = write_stream(
+        source(*chunks),
+        local_store,
+        lambda number: f"set/dump.{number:04}",
+        Operation(),
+        part_limit_bytes=limit_bytes,
+        threads=lambda: 3,
+    )
+    assert len(parts) > 1
+    # A frame ends with a whole chunk of its source.
+    assert all(limit_bytes // 2 < part.size_bytes < limit_bytes + chunk_bytes for part in parts[:-1])
+    assert read(local_store, parts) == b"".join(chunks)
 
 
 def test_what_can_not_be_compressed_is_stored_as_it_is(local_store: LocalStore) -> None:
@@ -214,6 +305,17 @@ def test_it_is_told_when_the_source_is_read_and_only_the_store_is_waited_for(loc
         on_read=lambda: told.append("read"),
     )
     assert told == ["bytes", "written", "bytes", "written", "read", "bytes", "written"]
+
+
+def test_it_is_told_once_when_no_frame_is_under_way_any_more(local_store: LocalStore) -> None:
+    told: list[str] = []
+    store = SlowStore(local_store.location.place, told)
+    write_stream(
+        *(source(*[noise(pipeline.FRAME_BYTES)] * 5), store, lambda number: f"set/dump.{number:04}", Operation()),
+        threads=lambda: 2,
+        on_read=lambda: told.append("read"),
+    )
+    assert told == ["bytes"] * 4 + ["read", "bytes", "written"]
 
 
 def test_what_is_read_ahead_is_cut_so_that_little_waits() -> None:

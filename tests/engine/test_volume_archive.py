@@ -445,7 +445,7 @@ def test_memory_does_not_grow_with_the_size_of_files(tmp_path: Path, local_store
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 24 << 20
+    assert peak_bytes < 32 << 20
 
 
 def test_a_backup_needs_few_descriptors(tmp_path: Path, local_store: LocalStore) -> None:
