@@ -115,47 +115,56 @@ def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator
     waiting: deque[Future[bytes]] = deque()
     gate = _Gate()
 
-    def compress(block: bytes) -> bytes:
-        with gate:
-            compressor = idle.pop() if idle else zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
+    def compress(number: int, block: bytes) -> bytes:
+        with gate.entered(number):
+            try:
+                compressor = idle.pop()
+            except IndexError:
+                compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
             frame = compressor.compress(block)
             idle.append(compressor)
         return frame
 
     with ThreadPoolExecutor(THREADS_LIMIT + _FRAMES_AHEAD, "zstd") as pool:
-        for block in blocks:
+        for number, block in enumerate(blocks):
             limit = min(threads(), THREADS_LIMIT)
-            gate.widen(limit)
+            gate.limit_to(limit)
             frames = [waiting.popleft().result() for _ in range(len(waiting) + 1 - limit - _FRAMES_AHEAD)]
-            waiting.append(pool.submit(compress, block))
+            waiting.append(pool.submit(compress, number, block))
             yield from frames
         while waiting:
             yield waiting.popleft().result()
 
 
 class _Gate:
-    """A context that so many threads are in at once as was said last; others wait until one leaves."""
+    """Lets threads in by their numbers, from 0, each while fewer are inside than was said last; the others wait."""
 
     def __init__(self) -> None:
         self._limit = 1
         self._inside = 0
+        self._next = 0
         self._changed = threading.Condition()
 
-    def widen(self, limit: int) -> None:
-        """Let ``limit`` in at once from now on; if that is fewer, nobody is sent out."""
+    def limit_to(self, limit: int) -> None:
+        """Let no more in from now on; if more are inside, nobody is sent out."""
         with self._changed:
             self._limit = limit
             self._changed.notify_all()
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def entered(self, number: int) -> Iterator[None]:
+        """Wait until it is this number's turn, and be inside for the block."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inside < self._limit)
+            self._changed.wait_for(lambda: number == self._next and self._inside < self._limit)
+            self._next += 1
             self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
             self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
 
 def _write_part(
@@ -175,7 +184,7 @@ def _write_part(
     def blocks() -> Iterator[bytes]:
         nonlocal raw_size_bytes
         # What is not compressed yet is counted as if it could not be: a part may end early, and late by no more than what the
-        # source hands out at once.
+        # source hands out at once and the frames' heads.
         while raw_size_bytes == 0 or (ahead.more and size_bytes + sum(compressing) < limit_bytes):
             operation.check()
             block = ahead.take(min(FRAME_BYTES, limit_bytes - size_bytes - sum(compressing)))

@@ -23,7 +23,7 @@ from benchmarks.installing import Tools
 from benchmarks.measuring import Meter, Usage, size_bytes
 from benchmarks.ours import JOBS, Ours, OursFailedError, Service, running_service
 from benchmarks.physical_peers import encrypted_s3, physical_peers
-from benchmarks.results import Limit, Results, Run, Verb
+from benchmarks.results import LIMIT, Limit, Results, Run, Verb
 from benchmarks.servers import Cluster, running_cluster
 from benchmarks.subjects import Subject, database_subject, local_store, s3_store, volume_subject
 from benchmarks.volume_data import LargeFiles, SmallFiles, Volume
@@ -114,7 +114,6 @@ class Bench:
         self.results.begin(case, self.rounds)
         contenders = [one for one in contenders if not self.wanted or any(part in one.name for part in self.wanted)]
         for number in range(self.rounds):
-            settle()
             self._measure_limits(case, number, limits)
             start = number % max(1, len(contenders))
             for contender in [*contenders[start:], *contenders[:start]]:
@@ -125,7 +124,7 @@ class Bench:
         try:
             self.results.limits.setdefault(case, []).extend(limits())
         except Exception as error:  # noqa: BLE001 - as of a turn
-            self._keep(Run(case, "limit", "backup", number, None, failure=f"{type(error).__name__}: {error}"))
+            self._keep(Run(case, LIMIT, "backup", number, None, failure=f"{type(error).__name__}: {error}"))
 
     def _turn(self, case: str, contender: Contender, number: int, settle: Callable[[], None]) -> None:
         """One contender's turn; a failure is a result too, and the next one has its turn."""
@@ -254,7 +253,10 @@ def databases(bench: Bench) -> None:
             DATABASES,
             [local, *peers, remote],
             partial(bench.settled, cluster),
-            limits=partial(limit.database_limits, cluster, bench.tools.clients / "psql", place.bucket),
+            limits=partial(
+                limit.database_limits,
+                *(cluster, bench.tools.clients / "psql", place.bucket, partial(bench.settled, cluster)),
+            ),
         )
 
 
@@ -316,6 +318,7 @@ def _volume(bench: Bench, case: str, asked: Volume) -> None:
     with bench.place() as place:
 
         def limits() -> list[Limit]:
+            bench.settled_files(volume)
             found = limit.volume_limit(volume, place.bucket)
             sizes = f"{found.raw_bytes / 1e9:.2f} GB, by zstd 1: {found.compressed_bytes / 1e9:.2f} GB"
             bench.results.data[case] = f"{len(before):,} files, {sizes}"

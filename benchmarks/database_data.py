@@ -164,7 +164,7 @@ def table_bytes(cluster: Cluster) -> dict[str, int]:
 def copied(
     cluster: Cluster, psql: Path, query: str, take: Callable[[bytes], object], limit_bytes: int | None = None
 ) -> int:
-    """Hand out what COPY of a query gives, by psql and a pipe; the bytes handed out."""
+    """Hand out what COPY of a query gives, by psql and a pipe; the bytes handed out. Raises `RuntimeError` if it broke off."""
     process = subprocess.Popen(
         [str(psql), "--no-psqlrc", "--quiet", "-d", cluster.url(DATABASE), "-c", query], stdout=subprocess.PIPE
     )
@@ -177,7 +177,8 @@ def copied(
             if limit_bytes is not None and total >= limit_bytes:
                 process.terminate()
                 break
-    process.wait()
+    if process.wait() != 0 and (limit_bytes is None or total < limit_bytes):
+        raise RuntimeError(f"{query} broke off after {total} bytes")
     return total
 
 

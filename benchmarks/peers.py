@@ -40,6 +40,8 @@ def main() -> int:
     output = asked.output or (_HERE / "RESULTS.md" if asked.size == "large" else cache / "RESULTS-small.md")
     cache.mkdir(parents=True, exist_ok=True)
     results = load(asked.size, cache / f"results-{asked.size}.json")
+    if asked.report and not results.runs:
+        parser.error("nothing was measured yet")
     if not asked.report:
         # As Ctrl-C does: everything that was started is stopped.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -16,7 +16,7 @@ from benchmarks.cases import (
 )
 from benchmarks.dump_peers import DIRECTORY_ZSTD
 from benchmarks.measuring import Usage
-from benchmarks.results import Results, Run, Verb, cores, median
+from benchmarks.results import LIMIT, Results, Run, Verb, cores, median
 from benchmarks.targets import target_rows
 
 _VERBS: tuple[Verb, ...] = ("backup", "restore")
@@ -82,7 +82,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> It
 
 
 def _contenders(results: Results, case: str, verb: Verb) -> Iterator[str]:
-    names = list(dict.fromkeys(run.contender for run in results.runs if run.case == case))
+    names = list(dict.fromkeys(run.contender for run in results.runs if run.case == case and run.contender != LIMIT))
     rows = []
     for name in sorted(names, key=lambda name: results.seconds(case, name, verb) or float("inf")):
         seconds = results.seconds(case, name, verb)

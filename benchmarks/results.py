@@ -14,6 +14,8 @@ from benchmarks.measuring import Usage
 
 METHOD = 2
 """Of measuring: what was measured by another one can't stand beside what is measured now."""
+LIMIT = "limit"
+"""Stands for a contender where the limits could not be measured."""
 Verb = Literal["backup", "restore", "cleaning"]
 
 
@@ -129,10 +131,14 @@ def median(values: Iterable[float]) -> float | None:
 
 
 def load(size: str, path: Path) -> Results:
-    """What is on the disk by the same method, or nothing yet."""
+    """What is on the disk, or nothing yet; what was measured by another method is set aside, and that is said."""
     results = Results(size, path)
     read = json.loads(path.read_text()) if path.exists() else {}
-    if read.get("method") == METHOD:
+    if read and read.get("method") != METHOD:
+        aside = path.with_suffix(f".{datetime.now(UTC):%Y%m%d%H%M%S}.json")
+        path.rename(aside)
+        print(f"{path.name} was measured in another way than now: set aside as {aside.name}")
+    elif read:
         results.machine, results.data = read["machine"], read["data"]
         results.rounds, results.began = read["rounds"], read["began"]
         results.rest = {name: (int(memory), float(share)) for name, (memory, share) in read["rest"].items()}

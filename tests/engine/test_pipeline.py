@@ -96,10 +96,13 @@ def test_one_frame_more_is_under_way_than_may_be_compressed_at_that_moment(
 
 
 class Compressing:
-    """Stands before zstd's compressor, and sees how many are at work at once."""
+    """Stands before zstd's compressor, and sees how many are at work when each begins.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
-        self.most = 0
+    ``before`` is called with the number of the frame in that order, from 0, before it is compressed.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object]) -> None:
+        self.seen: list[int] = []
         self._inside = 0
         self._lock = threading.Lock()
         self._before = before
@@ -113,8 +116,9 @@ class Compressing:
     def compress(self, block: bytes) -> bytes:
         with self._lock:
             self._inside += 1
-            self.most = max(self.most, self._inside)
-        self._before()
+            self.seen.append(self._inside)
+            number = len(self.seen) - 1
+        self._before(number)
         frame = self._real(**self._options).compress(block)
         with self._lock:
             self._inside -= 1
@@ -126,7 +130,7 @@ def test_the_next_frame_is_read_and_waits_while_one_is_compressed(
 ) -> None:
     is_read_on = threading.Event()
 
-    def before() -> None:
+    def before(_: int) -> None:
         # Behind the frame at work one waits, one more has been read, and its reader has looked whether there is another.
         assert is_read_on.wait(20)
 
@@ -138,21 +142,56 @@ def test_the_next_frame_is_read_and_waits_while_one_is_compressed(
 
     compressing = Compressing(monkeypatch, before)
     write_stream(Source("asp", chunks), local_store, lambda number: f"set/dump.{number:04}", Operation())
-    assert compressing.most == 1
+    assert max(compressing.seen) == 1
 
 
 def test_as_many_frames_are_compressed_at_once_as_are_allowed(
     local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = threading.Barrier(3)
-    compressing = Compressing(monkeypatch, lambda: together.wait(20) and None)
-    chunks = [noise(pipeline.FRAME_BYTES)] * 9
+    frames, wide = 12, 4
+    are_read = [threading.Event() for _ in range(frames)]
+    are_three = threading.Event()
+    data = noise(pipeline.FRAME_BYTES)
+
+    def before(number: int) -> None:
+        if number == 2:
+            are_three.set()
+        assert are_three.wait(20)
+        if number > 2:
+            # By then the next frame has been there for long, and would be at work if it were let in.
+            assert are_read[min(number + 3, frames - 1)].wait(20)
+
+    def chunks(_: Operation) -> Iterator[bytes]:
+        for is_read in are_read:
+            is_read.set()
+            yield data
+
+    compressing = Compressing(monkeypatch, before)
+    answers = iter([3] * wide + [1] * (frames - wide))
     parts = write_stream(
-        source(*chunks), local_store, lambda number: f"set/dump.{number:04}", Operation(), threads=lambda: 3
+        Source("asp", chunks),
+        local_store,
+        lambda number: f"set/dump.{number:04}",
+        Operation(),
+        threads=lambda: next(answers),
     )
     monkeypatch.undo()
-    assert compressing.most == 3
-    assert read(local_store, parts) == b"".join(chunks)
+    assert compressing.seen[:3] == [1, 2, 3]
+    assert max(compressing.seen) == 3
+    assert set(compressing.seen[wide:]) == {1}
+    assert read(local_store, parts) == data * frames
+
+
+def test_what_compressing_raises_reaches_the_caller_and_leaves_no_part(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before(_: int) -> None:
+        raise MemoryError
+
+    Compressing(monkeypatch, before)
+    with pytest.raises(MemoryError):
+        write(local_store, *[noise(pipeline.FRAME_BYTES)] * 4)
+    assert list(local_store.entries("")) == []
 
 
 @pytest.mark.parametrize("size_bytes", [1, 1_000, pipeline.FRAME_BYTES])
@@ -164,12 +203,12 @@ def test_a_frame_says_how_much_it_holds_and_carries_a_checksum(local_store: Loca
     assert said.window_size <= 8 << 20
 
 
-@pytest.mark.parametrize("noise_bytes", [1 << 20, 1 << 19])
-def test_no_part_is_larger_than_allowed_however_many_frames_are_under_way(
+@pytest.mark.parametrize("noise_bytes", [1 << 20, 1 << 18])
+def test_a_part_ends_late_by_a_chunk_at_most_and_early_by_what_is_under_way(
     local_store: LocalStore, noise_bytes: int
 ) -> None:
-    chunk_bytes, limit_bytes = 1 << 20, 10 << 20
-    chunks = [noise(noise_bytes) + bytes(chunk_bytes - noise_bytes)] * 40
+    chunk_bytes, limit_bytes = 1 << 20, 32 << 20
+    chunks = [noise(noise_bytes) + bytes(chunk_bytes - noise_bytes)] * 200
     parts = write_stream(
         source(*chunks),
         local_store,
@@ -179,8 +218,8 @@ def test_no_part_is_larger_than_allowed_however_many_frames_are_under_way(
         threads=lambda: 3,
     )
     assert len(parts) > 1
-    # A frame ends with a whole chunk of its source.
-    assert all(limit_bytes // 2 < part.size_bytes < limit_bytes + chunk_bytes for part in parts[:-1])
+    under_way_bytes = 4 * pipeline.FRAME_BYTES
+    assert all(limit_bytes - under_way_bytes < part.size_bytes < limit_bytes + chunk_bytes for part in parts[:-1])
     assert read(local_store, parts) == b"".join(chunks)
 
 
