@@ -1,10 +1,15 @@
-"""Prefect's server as `athena-backup up` runs it: as it comes, but a refused request may be tried again sooner.
+"""Prefect's server as `athena-backup up` runs it: as it comes, but a refused request may be tried again sooner, and none hangs.
 
 With SQLite a write is refused with 503 whenever another one was at work ("database is locked"), for which Prefect's clients
 wait two seconds, then four, eight and so on, in the middle of a backup. The other write takes milliseconds. So each 503 says
 when to come again: soon after the first, then later and later, as without it.
+
+Of many thousand requests one never got an answer (seen; the cause is not known), and who asked waited for a minute, in which
+others were answered. A read is refused in the same way then, and where it stood is logged.
 """
 
+import asyncio
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,6 +23,11 @@ _RETRY_SECONDS = (0.2, 2.0, 6.0, 16.0, 40.0)
 _FORGET_SECONDS = 120.0
 _KEPT_LIMIT = 1_000
 _UNAVAILABLE = 503
+_READ_LIMIT_SECONDS = 30.0
+"""Half of what Prefect's clients wait for (PREFECT_API_REQUEST_TIMEOUT), so that another try is in time."""
+_TOLD_LIMIT_TASKS = 40
+_TOLD_LIMIT_FRAMES = 4
+logger = logging.getLogger("uvicorn.error")
 
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
@@ -51,7 +61,83 @@ class Refusals:
 
 def create_app() -> App:
     """Prefect's ASGI application with its answers to refused requests completed (RFC 9110, 10.2.3)."""
-    return telling_when_to_retry(create_prefect_app(), Refusals())
+    return telling_when_to_retry(answering_in_time(create_prefect_app()), Refusals())
+
+
+def answering_in_time(app: App, limit_seconds: float = _READ_LIMIT_SECONDS) -> App:
+    """``app`` with a 503 for each read that has no answer after so long; of a write that is only logged, as it may yet be done."""
+
+    async def wrapped(
+        scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        task = asyncio.current_task()
+        if scope["type"] != "http" or task is None:
+            await app(scope, receive, send)
+            return
+        is_answered = is_given_up = False
+
+        async def sending(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = True
+            late.cancel()
+            await send(message)
+
+        def give_up() -> None:
+            nonlocal is_given_up
+            is_given_up = _is_read(scope)
+            logger.warning(
+                "%s %s has no answer after %g s%s. What waits, and where:\n%s",
+                *(scope["method"], scope["path"], limit_seconds),
+                ", and is refused" if is_given_up else "",
+                "\n".join(_standing()),
+            )
+            if is_given_up:
+                task.cancel()
+
+        late = asyncio.get_running_loop().call_later(limit_seconds, give_up)
+        try:
+            await app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if not is_given_up or is_answered:
+                raise
+            task.uncancel()
+            await send({"type": "http.response.start", "status": _UNAVAILABLE, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            late.cancel()
+
+    return wrapped
+
+
+def _is_read(scope: Message) -> bool:
+    """Whether a request asks only; Prefect's questions with a body are POSTs to such paths."""
+    return scope["method"] in ("GET", "HEAD") or str(scope["path"]).endswith("/filter")
+
+
+def _standing() -> list[str]:
+    """Where each task of the loop waits, the innermost call first."""
+    return [
+        f"  {task.get_name()}: {' < '.join(_frames(task.get_coro()))}"
+        for task in list(asyncio.all_tasks())[:_TOLD_LIMIT_TASKS]
+    ]
+
+
+def _frames(awaited: Any) -> list[str]:
+    found: list[str] = []
+    while awaited is not None:
+        frame = (
+            getattr(awaited, "cr_frame", None)
+            or getattr(awaited, "ag_frame", None)
+            or getattr(awaited, "gi_frame", None)
+        )
+        if frame is not None:
+            found.append(f"{frame.f_code.co_qualname} ({frame.f_globals.get('__name__')}:{frame.f_lineno})")
+        awaited = (
+            getattr(awaited, "cr_await", None)
+            or getattr(awaited, "ag_await", None)
+            or getattr(awaited, "gi_yieldfrom", None)
+        )
+    return found[::-1][:_TOLD_LIMIT_FRAMES]
 
 
 def telling_when_to_retry(app: App, refusals: Refusals) -> App:
