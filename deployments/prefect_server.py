@@ -1,11 +1,11 @@
-"""Prefect's server as `athena-backup up` runs it: as it comes, but a refused request may be tried again sooner, and none hangs.
+"""Prefect's server as `athena-backup up` runs it: as it comes, but a refused request may be tried again sooner, a lost one too.
 
 With SQLite a write is refused with 503 whenever another one was at work ("database is locked"), for which Prefect's clients
 wait two seconds, then four, eight and so on, in the middle of a backup. The other write takes milliseconds. So each 503 says
 when to come again: soon after the first, then later and later, as without it.
 
 Of many thousand requests one never got an answer (seen; the cause is not known), and who asked waited for a minute, in which
-others were answered. A read is refused in the same way then, and where it stood is logged.
+others were answered. A read is refused in the same way then, and where it stands is logged.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 from prefect.server.api.server import create_app as create_prefect_app
 
 _RETRY_SECONDS = (0.2, 2.0, 6.0, 16.0, 40.0)
@@ -24,9 +25,8 @@ _FORGET_SECONDS = 120.0
 _KEPT_LIMIT = 1_000
 _UNAVAILABLE = 503
 _READ_LIMIT_SECONDS = 30.0
-"""Half of what Prefect's clients wait for (PREFECT_API_REQUEST_TIMEOUT), so that another try is in time."""
-_TOLD_LIMIT_TASKS = 40
-_TOLD_LIMIT_FRAMES = 4
+"""Half of what Prefect's clients wait for by default (PREFECT_API_REQUEST_TIMEOUT)."""
+_TOLD_LIMIT_CALLS = 12
 logger = logging.getLogger("uvicorn.error")
 
 Message = MutableMapping[str, Any]
@@ -65,79 +65,82 @@ def create_app() -> App:
 
 
 def answering_in_time(app: App, limit_seconds: float = _READ_LIMIT_SECONDS) -> App:
-    """``app`` with a 503 for each read that has no answer after so long; of a write that is only logged, as it may yet be done."""
+    """``app`` with a 503 for each read whose answer has not begun after so long; what it does goes on, and is heard by nobody.
+
+    It is not cancelled: a database session that is being closed would swallow that, again and again. A write is left alone, as it
+    may yet be done.
+    """
+    left: set[asyncio.Future[None]] = set()
 
     async def wrapped(
         scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
     ) -> None:
-        task = asyncio.current_task()
-        if scope["type"] != "http" or task is None:
+        if scope["type"] != "http" or not _is_read(scope):
             await app(scope, receive, send)
             return
-        is_answered = is_given_up = False
+        has_begun = asyncio.Event()
+        is_given_up = False
 
         async def sending(message: Message) -> None:
-            nonlocal is_answered
-            is_answered = True
-            late.cancel()
-            await send(message)
+            if not is_given_up:
+                has_begun.set()
+                await send(message)
 
-        def give_up() -> None:
-            nonlocal is_given_up
-            is_given_up = _is_read(scope)
-            logger.warning(
-                "%s %s has no answer after %g s%s. What waits, and where:\n%s",
-                *(scope["method"], scope["path"], limit_seconds),
-                ", and is refused" if is_given_up else "",
-                "\n".join(_standing()),
-            )
-            if is_given_up:
-                task.cancel()
-
-        late = asyncio.get_running_loop().call_later(limit_seconds, give_up)
-        try:
+        async def answer() -> None:
             await app(scope, receive, sending)
+
+        answering = asyncio.create_task(answer())
+        beginning = asyncio.create_task(has_begun.wait())
+        try:
+            await asyncio.wait({answering, beginning}, timeout=limit_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if has_begun.is_set() or answering.done():
+                await answering
+                return
         except asyncio.CancelledError:
-            if not is_given_up or is_answered:
-                raise
-            task.uncancel()
-            await send({"type": "http.response.start", "status": _UNAVAILABLE, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            answering.cancel()
+            raise
         finally:
-            late.cancel()
+            beginning.cancel()
+        is_given_up = True
+        left.add(answering)
+        answering.add_done_callback(left.discard)
+        logger.warning(
+            "%s %s has no answer after %g s, and is refused for now. It waits in: %s",
+            *(scope["method"], scope["path"], limit_seconds, "; ".join(_places(answering))),
+        )
+        await send({"type": "http.response.start", "status": _UNAVAILABLE, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
 
     return wrapped
 
 
 def _is_read(scope: Message) -> bool:
-    """Whether a request asks only; Prefect's questions with a body are POSTs to such paths."""
+    """Whether a request is sure to ask only: of those with a body, Prefect's questions by a filter."""
     return scope["method"] in ("GET", "HEAD") or str(scope["path"]).endswith("/filter")
 
 
-def _standing() -> list[str]:
-    """Where each task of the loop waits, the innermost call first."""
-    return [
-        f"  {task.get_name()}: {' < '.join(_frames(task.get_coro()))}"
-        for task in list(asyncio.all_tasks())[:_TOLD_LIMIT_TASKS]
-    ]
+def _places(task: "asyncio.Task[None]") -> list[str]:
+    """Where a task and those that it has started stand, each with the innermost call first."""
+    family = {id(task)}
+    found = [_calls(task.get_coro())]
+    tasks = anyio.get_running_tasks()
+    for _ in tasks:
+        children = [one for one in tasks if one.parent_id in family and one.id not in family]
+        if not children:
+            break
+        family |= {one.id for one in children}
+        found += [_calls(one.coro) for one in children]
+    return found
 
 
-def _frames(awaited: Any) -> list[str]:
-    found: list[str] = []
+def _calls(awaited: Any) -> str:
+    names: list[str] = []
     while awaited is not None:
-        frame = (
-            getattr(awaited, "cr_frame", None)
-            or getattr(awaited, "ag_frame", None)
-            or getattr(awaited, "gi_frame", None)
-        )
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
         if frame is not None:
-            found.append(f"{frame.f_code.co_qualname} ({frame.f_globals.get('__name__')}:{frame.f_lineno})")
-        awaited = (
-            getattr(awaited, "cr_await", None)
-            or getattr(awaited, "ag_await", None)
-            or getattr(awaited, "gi_yieldfrom", None)
-        )
-    return found[::-1][:_TOLD_LIMIT_FRAMES]
+            names.append(f"{frame.f_code.co_qualname} ({frame.f_globals.get('__name__')}:{frame.f_lineno})")
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    return " < ".join(names[::-1][:_TOLD_LIMIT_CALLS])
 
 
 def telling_when_to_retry(app: App, refusals: Refusals) -> App:

@@ -1,12 +1,18 @@
-"""A request that Prefect's server refuses for now is tried again soon, and not given up sooner than without it; none hangs."""
+"""A request that Prefect's server refuses for now is tried again soon, and not given up sooner than without it; a lost read is refused."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from deployments import prefect_server
 from deployments.prefect_server import App, Refusals, answering_in_time, telling_when_to_retry
 
 
@@ -43,64 +49,99 @@ def test_what_the_server_itself_says_stands() -> None:
     assert answer.headers.get_list("retry-after") == ["7"]
 
 
-def asked_of(app: App, method: str, path: str, limit_seconds: float = 0.05) -> httpx.Response:
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the server logs: uvicorn's logger hands nothing on once Prefect has set up logging."""
+    prefect_server.logger.addHandler(caplog.handler)
+    yield caplog
+    prefect_server.logger.removeHandler(caplog.handler)
+
+
+async def asked_of(app: App, method: str, path: str, limit_seconds: float = 0.05) -> httpx.Response:
     """The answer to one request of an application that is to answer in time."""
+    transport = httpx.ASGITransport(telling_when_to_retry(answering_in_time(app, limit_seconds), Refusals()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://prefect") as client:
+        return await asyncio.wait_for(client.request(method, path), 20)
 
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(telling_when_to_retry(answering_in_time(app, limit_seconds), Refusals()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://prefect") as client:
-            return await asyncio.wait_for(client.request(method, path), 20)
 
-    return asyncio.run(ask())
+async def passed_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/api/flow_runs/1"), ("POST", "/api/flow_runs/filter")])
-def test_a_read_that_hangs_is_refused_for_now_and_where_it_stood_is_logged(
-    method: str, path: str, caplog: pytest.LogCaptureFixture
+def test_a_read_that_hangs_is_refused_for_now_and_where_it_stands_is_logged(
+    method: str, path: str, said: pytest.LogCaptureFixture
 ) -> None:
-    async def lost_answer() -> None:
-        await asyncio.Event().wait()
+    ended: list[str] = []
 
+    async def check() -> None:
+        is_found = asyncio.Event()
+
+        async def lost_answer(request: Request) -> Response:
+            del request
+            await is_found.wait()
+            ended.append("found")
+            return Response("late")
+
+        # As Prefect's server has it: the work is done in a task of a task.
+        app = BaseHTTPMiddleware(Starlette(routes=[Route(path, lost_answer, methods=[method])]), passed_on)
+        answer = await asked_of(app, method, path)
+        assert (answer.status_code, answer.headers["retry-after"], answer.content) == (503, "0.2", b"")
+        assert not ended
+        is_found.set()
+        while not ended:
+            await asyncio.sleep(0)
+
+    asyncio.run(check())
+    assert f"{method} {path} has no answer after 0.05 s, and is refused for now" in said.text
+    assert "lost_answer" in said.text
+
+
+def test_a_write_that_takes_long_is_left_to_its_end() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await lost_answer()
-
-    answer = asked_of(app, method, path)
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "0.2")
-    assert f"{method} {path} has no answer after 0.05 s, and is refused" in caplog.text
-    assert "lost_answer" in caplog.text
-
-
-def test_a_write_that_takes_long_is_logged_and_left_to_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        while "has no answer" not in caplog.text:
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # four times as long as a read has
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    assert asked_of(app, "POST", "/api/flow_runs/").status_code == 201
-    assert "is refused" not in caplog.text
+    assert asyncio.run(asked_of(app, "POST", "/api/flow_runs/")).status_code == 201
 
 
-def test_an_answer_that_has_begun_may_take_as_long_as_it_likes(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_that_has_begun_may_take_as_long_as_it_likes() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await asyncio.sleep(0.2)  # four times as long as it had for its beginning
         await send({"type": "http.response.body", "body": b"log"})
 
-    assert asked_of(app, "GET", "/api/flow_runs/1/logs/download").text == "log"
-    assert caplog.text == ""
+    assert asyncio.run(asked_of(app, "GET", "/api/flow_runs/1/logs/download")).text == "log"
+
+
+def test_what_a_read_raises_is_raised() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise LookupError("no such run")
+
+    with pytest.raises(LookupError, match="no such run"):
+        asyncio.run(asked_of(app, "GET", "/api/flow_runs/1"))
 
 
 def test_a_server_that_stops_takes_its_reads_with_it() -> None:
+    stopped: list[str] = []
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            stopped.append("read")
+            raise
 
     async def stop() -> None:
         scope = {"type": "http", "method": "GET", "path": "/"}
         asking = asyncio.ensure_future(answering_in_time(app)(scope, None, None))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
+        for _ in range(3):  # until the read is under way
+            await asyncio.sleep(0)
         asking.cancel()
-        await asking
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0)
+        assert stopped == ["read"]
 
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(stop())
+    asyncio.run(stop())
