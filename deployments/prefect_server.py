@@ -104,12 +104,13 @@ def answering_in_time(app: App, limit_seconds: float = _READ_LIMIT_SECONDS) -> A
         is_given_up = True
         left.add(answering)
         answering.add_done_callback(left.discard)
+        await send({"type": "http.response.start", "status": _UNAVAILABLE, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        # Behind the answer, which must not hang on what others' frames are like.
         logger.warning(
             "%s %s has no answer after %g s, and is refused for now. It waits in: %s",
             *(scope["method"], scope["path"], limit_seconds, "; ".join(_places(answering))),
         )
-        await send({"type": "http.response.start", "status": _UNAVAILABLE, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
 
     return wrapped
 

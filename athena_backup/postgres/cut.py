@@ -83,7 +83,7 @@ def hold_cut(
         opening = _Opening(stack)
         for database in databases:
             operation.check()
-            _collect(opening, database, lambda: _open(opening, database, lock_timeout_seconds, operation))  # noqa: B023
+            _collect(opening, database, lambda: _open(opening, database, lock_timeout_seconds, operation))  # noqa: B023 - at once
         _refuse_twins(opening)
         servers = [
             _take_snapshots(number, group, opening, lock_timeout_seconds, snapshot_tries, operation)
