@@ -30,7 +30,7 @@ from benchmarks.volume_data import LargeFiles, SmallFiles, Volume
 from benchmarks.volume_peers import volume_peers
 from deployments.embedded_stores import embedded_s3
 
-OURS, OURS_S3 = "ours", "ours (S3)"
+OURS, OURS_S3, OURS_OVER = "ours", "ours (S3)", "ours, over the living"
 DATABASES, LARGE_FILES, SMALL_FILES = "databases", "large files", "small files"
 GROWTH_UNITS = (1, 4, 16)
 ALL_JOBS = (1, 2, 4, 8)
@@ -154,21 +154,28 @@ class Bench:
         print(f"  {run.case:12} round {run.round + 1} {run.verb:7} {run.contender:50} {told}", flush=True)
 
     def settled(self, cluster: Cluster) -> None:
-        """Before a run: checkpoint, all written, the database's files in the page cache, or with ``cold`` nothing there."""
+        """Before a run: checkpoint, all written, the files of the database and of its backup in the page cache.
+
+        Whoever wrote past the cache, as ours does, would else read from the disk what the others find there. With ``cold``
+        nothing is there for anybody.
+        """
         cluster.settle()
-        self._fill_cache([cluster.directory / "base"])
+        self._fill_cache([cluster.directory / "base", self.work])
 
     def settled_files(self, directory: Path) -> None:
         """The same for a volume."""
         os.sync()
-        self._fill_cache([directory])
+        self._fill_cache([directory, self.work])
 
     def _fill_cache(self, directories: Sequence[Path]) -> None:
         if self.cold:
             Path("/proc/sys/vm/drop_caches").write_text("3")
             return
         buffer = bytearray(_READ_BYTES)
-        for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
+        folders = [folder for directory in directories for folder in os.walk(directory)]
+        for path in (Path(folder, name) for folder, _, names in folders for name in names):
+            if not path.is_file():
+                continue
             with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
@@ -245,13 +252,14 @@ def databases(bench: Bench) -> None:
         encrypted = stack.enter_context(encrypted_s3(bench.work / "s3-tls")) if bench.tools.has("pgbackrest") else None
         subject = database_subject(cluster, asked, before)
         local, remote = ours(bench, OURS, subject, None), ours(bench, OURS_S3, subject, place.bucket)
+        over = ours(bench, OURS_OVER, database_subject(cluster, asked, before, is_lost=False), None)
         # A service that does not start is told of in its turns.
         with contextlib.suppress(OursFailedError), local.standing():
             bench.results.rest = local.at_rest(_REST_SECONDS)
         peers = [*dump_peers(place, cluster, before), *physical_peers(place, cluster, before, encrypted)]
         bench.compete(
             DATABASES,
-            [local, *peers, remote],
+            [local, *peers, remote, over],
             partial(bench.settled, cluster),
             limits=partial(
                 limit.database_limits,

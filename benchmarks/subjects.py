@@ -45,13 +45,18 @@ class Subject:
     server_pid: int | None = None
 
 
-def database_subject(cluster: Cluster, asked: Database, before: database_data.Fingerprint) -> Subject:
-    """The database of a cluster."""
-    lost = database_data.tables_of(cluster)[-1]
+def database_subject(
+    cluster: Cluster, asked: Database, before: database_data.Fingerprint, *, is_lost: bool = True
+) -> Subject:
+    """The database of a cluster, which is gone when it is restored, as the peers' is, or else lives on, changed."""
+    changed = database_data.tables_of(cluster)[-1]
 
     def damage() -> None:
-        cluster.execute(sql.SQL("DROP TABLE {} CASCADE").format(sql.Identifier(lost)), DATABASE)
-        cluster.execute("CREATE TABLE newcomer (id int)", DATABASE)
+        if is_lost:
+            cluster.drop(DATABASE)
+        else:
+            cluster.execute(sql.SQL("DROP TABLE {} CASCADE").format(sql.Identifier(changed)), DATABASE)
+            cluster.execute("CREATE TABLE newcomer (id int)", DATABASE)
 
     def check() -> None:
         compare("ours", before, database_data.fingerprint(cluster))

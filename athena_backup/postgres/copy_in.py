@@ -15,8 +15,7 @@ from athena_backup.postgres.sessions import Database, cancelled_with, driver_of,
 from athena_backup.store import Store
 
 _PIECE_BYTES = 256 << 10
-# Written pages go to the disk while there is time, not all at once when the replaced database is dropped (a checkpoint).
-LOADING_SETTINGS = {"synchronous_commit": "off", "backend_flush_after": "256"}
+_LOADING_SETTINGS = {"synchronous_commit": "off"}
 
 
 def load_ranges(
@@ -35,7 +34,7 @@ def load_ranges(
     time when somebody first reads them (COPY, FREEZE). Raises `DamagedError` for other bytes or another number of rows than the
     manifest promises, and the driver's errors translated.
     """
-    with session(target.url, LOADING_SETTINGS) as connection, cancelled_with(connection, operation):
+    with session(target.url, _LOADING_SETTINGS) as connection, cancelled_with(connection, operation):
         run_sql(connection, "BEGIN")
         for number, stream in enumerate(streams):
             data = stream.table
