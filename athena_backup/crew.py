@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from athena_backup.errors import FinalError
+from athena_backup.operation import LOOK_SECONDS
 
 WAITING_LIMIT = 1
 """Each one holds upload parts in memory for as long as it waits."""
@@ -106,11 +107,12 @@ class Crew:
         self._count = 0
         self._changed = threading.Condition()
 
-    def run(self, units: Sequence[Unit[_Result]]) -> list[_Result]:
+    def run(self, units: Sequence[Unit[_Result]], check: Callable[[], None] = lambda: None) -> list[_Result]:
         """Do all ``units`` and return their results in their order; raises what the first one that fails raises.
 
-        Returns or raises when none of them is at work any more; a thread that is interrupted from outside waits for that
-        `_GRACE_SECONDS` at most. Must not be called from within a unit.
+        Returns or raises when none of them is at work any more. A thread that is interrupted from outside, or is told to stop
+        by ``check``, which raises, waits for that `_GRACE_SECONDS` at most: a unit may hang in a read of a mount whose server
+        is gone. Must not be called from within a unit.
         """
         batch = _Batch(len(units), [None] * len(units))
         with self._changed:
@@ -124,7 +126,9 @@ class Crew:
                 self._queue(batch)
                 self._start()
                 while batch.left:
-                    self._changed.wait()
+                    self._changed.wait(LOOK_SECONDS)
+                    if batch.left:
+                        check()
             except BaseException as error:
                 # Whoever waits is told to stop (Prefect throws into its threads): so are they, and then waited for.
                 self._fail(batch, error)

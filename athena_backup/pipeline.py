@@ -103,7 +103,9 @@ class _Lookahead:
     def close(self) -> None:
         close = getattr(self._chunks, "close", None)
         if close is not None:
-            close()
+            # ValueError: a thread that was left to itself, as its read hangs, is still inside.
+            with contextlib.suppress(ValueError):
+                close()
 
 
 def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator[bytes]:

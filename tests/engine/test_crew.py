@@ -361,3 +361,28 @@ def test_one_that_needs_no_slot_begins_at_once_and_takes_none() -> None:
             [Unit(1, lambda _: 1 / 0, needs_slot=False), Unit(1, lambda _: 1.0), Unit(1, lambda _: 1.0, after=[1])]
         )
     assert (crew._free, crew._without_slot) == (1, 0)
+
+
+def test_a_unit_that_hangs_is_left_to_itself_when_its_call_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that reads a mount whose server is gone: it can't be told anything."""
+    monkeypatch.setattr("athena_backup.crew._GRACE_SECONDS", 0.01)
+    crew, gauge, stopped = Crew(1), Gauge(), threading.Event()
+
+    def check() -> None:
+        if stopped.is_set():
+            raise FinalError("a person said so")
+
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            crew.run([Unit(1, gauge.work("hangs"))], check)
+        except FinalError as error:
+            raised.append(error)
+
+    thread = in_thread(call)
+    gauge.await_begun(1)
+    stopped.set()
+    thread.join(20)
+    assert [str(error) for error in raised] == ["a person said so"]
+    gauge.opened.set()

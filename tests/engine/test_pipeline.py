@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -258,6 +259,33 @@ def test_a_cancelled_operation_stops_in_the_middle_of_a_stream(local_store: Loca
     with pytest.raises(CancelledError, match="by request"):
         write_stream(Source("asp", endless), local_store, lambda number: f"set/{number}", operation)
     assert list(local_store.entries("")) == []
+
+
+def test_a_source_is_read_no_faster_than_is_allowed(local_store: LocalStore) -> None:
+    operation = Operation.lasting(60, bytes_per_second=6 * pipeline.FRAME_BYTES)
+    began = time.monotonic()
+    frames = [noise(pipeline.FRAME_BYTES)] * 3
+    write_stream(source(*frames), local_store, lambda number: f"set/{number}", operation)
+    assert time.monotonic() - began >= 0.5
+
+
+def test_a_cancel_is_told_as_such_though_the_source_hangs(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_GRACE_SECONDS", 0.01)
+    operation, mended = Operation(), threading.Event()
+
+    def hanging(_: Operation) -> Iterator[bytes]:
+        yield noise(pipeline.FRAME_BYTES)
+        operation.cancel("a person said so")
+        assert mended.wait(20)
+        yield b"late"
+
+    try:
+        with pytest.raises(CancelledError, match="a person said so"):
+            write_stream(Source("asp", hanging), local_store, lambda number: f"set/{number}", operation)
+    finally:
+        mended.set()
 
 
 class TestDamage:
