@@ -65,7 +65,10 @@ class Ended:
                 ending = f"was killed by signal {-self.exit_code}"
         else:
             ending = f"ended with exit code {self.exit_code}"
-        said = " | ".join(line for line in self.stderr[-5:] if line)
+        # PostgreSQL's programs begin their own lines so; what follows one is the row or the statement that failed, and these hold
+        # data and passwords (CREATE SUBSCRIPTION, CREATE USER MAPPING).
+        own = [line for line in self.stderr if line.startswith(f"{self.program}: ")]
+        said = " | ".join(own[-5:])
         return f"{self.program} {ending}" + (f": {said}" if said else "")
 
 

@@ -33,10 +33,13 @@ ALL_BY_COPY = {"bulk_bytes": 0, "range_bytes": 64 << 10}
 """Every table is read by a COPY of its own, and all but the smallest in several ranges."""
 
 
-def dump(database: Database, store: Store, *, jobs: int = 2, **sizes: int) -> Component:
-    with hold_cut([database], Operation()) as cut:
+def dump(
+    database: Database, store: Store, *, jobs: int = 2, operation: Operation | None = None, **sizes: int
+) -> Component:
+    operation = operation or Operation()
+    with hold_cut([database], operation) as cut:
         return write_database(
-            *(database, cut, store, SET, "run", Operation()),
+            *(database, cut, store, SET, "run", operation),
             crew=Crew(jobs),
             client_directories=[binaries()],
             **sizes,

@@ -25,9 +25,9 @@ class TableEntries:
     """What is made of one table once its rows are in, as lines of pg_restore's list."""
 
     shared: tuple[bytes, ...]
-    """Indexes and extended statistics: several may be made at the same time."""
+    """Indexes: several may be made at the same time."""
     exclusive: tuple[bytes, ...]
-    """Keys and other constraints with an index of their own: each locks the table for itself."""
+    """Extended statistics, keys and other constraints with an index of their own: each locks the table against all of these."""
 
     @property
     def lines(self) -> tuple[bytes, ...]:
@@ -104,9 +104,10 @@ class Contents:
             if len(owners) != 1 or self._needs[number] & self._late.keys() or self._calls_code(number):
                 continue
             [owner] = owners
-            if self._is(number, _PG_CLASS, _INDEX) or self._is(number, _PG_STATISTIC_EXT, _STATISTICS):
+            is_key = self._is(number, _PG_CONSTRAINT, _CONSTRAINT) and owner not in self.parents
+            if self._is(number, _PG_CLASS, _INDEX):
                 shared.setdefault(owner, []).append(line)
-            elif self._is(number, _PG_CONSTRAINT, _CONSTRAINT) and owner not in self.parents:
+            elif is_key or self._is(number, _PG_STATISTIC_EXT, _STATISTICS):
                 exclusive.setdefault(owner, []).append(line)
         return {
             oid: TableEntries(tuple(shared.get(oid, ())), tuple(exclusive.get(oid, ())))

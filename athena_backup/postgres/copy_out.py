@@ -1,137 +1,31 @@
 """Bulk tables out by COPY, many at once, in one piece or in ranges, all under the cut's snapshot ("PostgreSQL", sections 1 and 2).
 
-asyncpg hands out COPY's bytes in pieces of up to 256 KiB where libpq hands out rows, so it is the one that reads.
+asyncpg hands out COPY's bytes in pieces where libpq hands out rows, so it is the one that reads (`copy_pieces`, `copy_login`).
 """
 
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlencode
 
 import asyncpg
-from sqlalchemy import URL
 
 from athena_backup.crew import Turn
-from athena_backup.errors import AthenaError, FullError, PassingError, UnavailableError
+from athena_backup.errors import AthenaError, UnavailableError
 from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import FRAME_BYTES, sliced
 from athena_backup.postgres.bulk import BulkTable, TableRange
+from athena_backup.postgres.copy_login import connect
+from athena_backup.postgres.copy_pieces import Gathered, large_pieces
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
-from athena_backup.postgres.sessions import (
-    APPLICATION_NAME,
-    CONNECT_SECONDS,
-    COUNTING_SETTINGS,
-    READING_SETTINGS,
-    client_encoding,
-    translated_state,
-)
+from athena_backup.postgres.sessions import COUNTING_SETTINGS, READING_SETTINGS, client_encoding, translated_state
 
-_PIECE_BYTES = 768 << 10
-"""Of COPY's bytes that the kernel gathers before it wakes a reading session: woken for each 150 KB, as many as lie there by
-then, it spent 3 % of a backup's time in going round its loop.
-"""
-_PATIENCE_SECONDS = 0.003
-"""After so long without a piece it takes what there is: a COPY ends, or a source is slow."""
-_MISSES_LIMIT = 20
-"""A source that has no large piece for so many times as long is slow: to look on would cost more than its small pieces."""
-_REST_SECONDS = 5
-"""So long a slow source is left alone."""
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
+_SETTLING_SECONDS = 5
 logger = logging.getLogger("athena_backup.postgres")
-
-# Of libpq's parameters, those that asyncpg knows by the same name (asyncpg manual, "Connection").
-_SHARED_PARAMETERS = frozenset(
-    {
-        "host",
-        "port",
-        "passfile",
-        "sslmode",
-        "sslcert",
-        "sslkey",
-        "sslrootcert",
-        "sslcrl",
-        "ssl_min_protocol_version",
-        "ssl_max_protocol_version",
-        "target_session_attrs",
-    }
-)
-
-
-# What libpq takes from the environment and asyncpg does not (libpq, 34.15).
-_UNKNOWN_VARIABLES = frozenset(
-    {"PGCHANNELBINDING", "PGREQUIREAUTH", "PGREQUIREPEER", "PGSSLCERTMODE", "PGSSLCRLDIR", "PGSSLNEGOTIATION"}
-)
-
-
-def unreachable(url: URL) -> str:
-    """Why asyncpg can't log in where libpq could; empty if it can.
-
-    Raises `UnavailableError` and its like where a login fails for now.
-    """
-    if unknown := sorted(url.query.keys() - _SHARED_PARAMETERS):
-        return f"its driver does not know {', '.join(unknown)}"
-    if unknown := sorted(name for name in os.environ if name in _UNKNOWN_VARIABLES):
-        return f"its driver does not know {', '.join(unknown)}"
-    if "system" in (url.query.get("sslrootcert"), os.environ.get("PGSSLROOTCERT")):
-        return "its driver does not know sslrootcert=system, and would not verify the server"
-
-    async def try_it() -> None:
-        connection = await _connect(url)
-        await connection.close(timeout=CONNECT_SECONDS)
-
-    try:
-        # In a thread of its own: whoever calls may stand in an event loop.
-        with ThreadPoolExecutor(1, "copy") as pool:
-            pool.submit(lambda: asyncio.run(try_it())).result()
-    except asyncpg.PostgresError as error:
-        problem = translated_state(error.sqlstate or "", str(error))
-        if isinstance(problem, PassingError | UnavailableError | FullError):
-            raise problem from error  # not of the login's kind: the next try may get in
-        return f"its driver can't log in: {error}"
-    # RuntimeError: of a login by GSSAPI without its library; ValueError: of parameters.
-    except (OSError, TimeoutError, RuntimeError, ValueError, asyncpg.InterfaceError) as error:
-        return f"its driver can't log in: {error or type(error).__name__}"
-    return ""
-
-
-async def _connect(url: URL) -> Any:
-    ours = {name: url.query[name] for name in url.query if name not in ("host", "port")}
-    host, port = url.host or url.query.get("host"), url.port or url.query.get("port")
-    connection = await asyncpg.connect(
-        f"postgresql://?{urlencode(ours)}",
-        host=list(host) if isinstance(host, tuple) else host,
-        port=[int(one) for one in port] if isinstance(port, tuple) else port and int(port),
-        user=url.username,
-        password=url.password,
-        database=url.database,
-        timeout=CONNECT_SECONDS,
-        statement_cache_size=0,
-        server_settings={"application_name": APPLICATION_NAME},
-    )
-    _keep_alive(connection._transport.get_extra_info("socket"))  # noqa: SLF001 - it has no other way
-    return connection
-
-
-def _keep_alive(sock: Any) -> None:
-    """As in all other sessions (`sessions.session`): a connection that is cut without a word is noticed."""
-    if sock is None or sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", 30),
-        ("TCP_KEEPINTVL", 10),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 60_000),
-    ):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class CopySessions:
@@ -226,7 +120,7 @@ class _CopySession:
         """
         with self._told(of.table):
             self._enter(of.table)
-            gathered = _Gathered()
+            gathered = Gathered()
             copying = self._started(self._copied(of, gathered))
             with self._stopping(copying):
                 while True:
@@ -238,9 +132,9 @@ class _CopySession:
                         break
                 ended(int(copying.result().removeprefix("COPY ")))
 
-    async def _copied(self, of: TableRange, gathered: "_Gathered") -> str:
+    async def _copied(self, of: TableRange, gathered: "Gathered") -> str:
         table, query = of.table, of.query
-        with _large_pieces(self._connection._transport, gathered):  # noqa: SLF001 - it has no other way
+        with large_pieces(self._connection._transport, gathered):  # noqa: SLF001 - it has no other way
             if query is None:
                 status: str = await self._connection.copy_from_table(
                     table.name,
@@ -267,13 +161,13 @@ class _CopySession:
             if not working.done():
                 # The server is told, and its answer awaited for a moment: a COPY that nobody reads would hold its lock.
                 working.cancel()
-                self._runner.run(_settled(working))
+                self._runner.run(_settled(working, self._connection))
 
     def _enter(self, table: BulkTable) -> None:
         """See to it that the session is under the snapshot and has the table's lock."""
         self._check()
         if self._connection is None:
-            self._connection = self._runner.run(_connect(self._held.database.url))
+            self._connection = self._runner.run(connect(self._held.database.url))
             self._runner.run(self._set_up())
         if table.oid in self._locked:
             return
@@ -358,103 +252,11 @@ class RangeReading:
         self.rows = rows
 
 
-@contextlib.contextmanager
-def _large_pieces(transport: Any, gathered: "_Gathered") -> Iterator[None]:
-    """Have the driver get COPY's bytes in larger pieces: the socket is ready from `_PIECE_BYTES` on (socket(7), SO_RCVLOWAT).
-
-    Whatever is not read by plain TCP is left as it is.
-    """
-    sock = transport.get_extra_info("socket")
-    if not hasattr(transport, "max_size") or sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        yield
-        return
-
-    woken_from = 1
-
-    def wake_from(size_bytes: int) -> None:
-        nonlocal woken_from
-        if size_bytes != woken_from:
-            woken_from = size_bytes
-            # OSError: of a connection that is broken by now, which its reader says better.
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
-
-    async def look() -> None:
-        misses = 0
-        while True:
-            largest_bytes = gathered.forget_largest()
-            if largest_bytes >= _PIECE_BYTES // 2:
-                misses = 0
-            elif not gathered.is_full:
-                misses += 1
-            if misses >= _MISSES_LIMIT:
-                # It may be faster later: a table with many dead rows, a checkpoint.
-                wake_from(1)
-                await asyncio.sleep(_REST_SECONDS)
-                misses = _MISSES_LIMIT // 2
-            wake_from(_PIECE_BYTES if largest_bytes else 1)
-            await asyncio.sleep(_PATIENCE_SECONDS)
-
-    before_bytes, transport.max_size = transport.max_size, _PIECE_BYTES
-    looking = asyncio.create_task(look())
-    try:
-        yield
-    finally:
-        looking.cancel()
-        wake_from(1)
-        transport.max_size = before_bytes
-
-
-class _Gathered:
-    """What the driver has handed out, until it is a frame's worth: to enter its loop for each piece would cost more than COPY."""
-
-    def __init__(self) -> None:
-        self._largest_bytes = 0
-        self._pieces: list[bytes] = []
-        self._size_bytes = 0
-        self._is_full = asyncio.Event()
-        self._has_room = asyncio.Event()
-        self._has_room.set()
-
-    async def put(self, piece: bytes) -> None:
-        """Take a piece, once there is room for it: until then the driver does not read on."""
-        await self._has_room.wait()
-        self._largest_bytes = max(self._largest_bytes, len(piece))
-        self._pieces.append(piece)
-        self._size_bytes += len(piece)
-        if self._size_bytes >= FRAME_BYTES:
-            self._has_room.clear()
-            self._is_full.set()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the driver is not to read on."""
-        return self._is_full.is_set()
-
-    def forget_largest(self) -> int:
-        """The size of the largest piece since the last call, in bytes; 0: none has come."""
-        largest_bytes, self._largest_bytes = self._largest_bytes, 0
-        return largest_bytes
-
-    async def filled(self, copying: "asyncio.Task[str]") -> bool:
-        """Wait for a frame's worth, or the end, or until it is time to look around; returns whether it was the end."""
-        full = asyncio.create_task(self._is_full.wait())
-        await asyncio.wait({full, copying}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        full.cancel()
-        return copying.done()
-
-    def take(self) -> bytes:
-        """Everything that has come, in one piece."""
-        block = b"".join(self._pieces)
-        self._pieces.clear()
-        self._size_bytes = 0
-        self._is_full.clear()
-        self._has_room.set()
-        return block
-
-
-async def _settled(working: "asyncio.Task[Any]") -> None:
-    await asyncio.wait({working}, timeout=5)
+async def _settled(working: "asyncio.Task[Any]", connection: Any) -> None:
+    await asyncio.wait({working}, timeout=_SETTLING_SECONDS)
+    # The request to the server is a task of the driver's own: it would end with the connection, before it is sent.
+    if requests := set(connection._cancellations):  # noqa: SLF001 - it has no other way
+        await asyncio.wait(requests, timeout=_SETTLING_SECONDS)
 
 
 async def _done_or_later(working: "asyncio.Task[Any]") -> None:

@@ -28,14 +28,15 @@ from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.bulk import BULK_BYTES, BulkTable, TableRange, bulk_tables, range_size
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.copy_in import rows_of
-from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows, unreachable
+from athena_backup.postgres.copy_login import unreachable
+from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import read_facts, table_sizes, translating, with_dump
 from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import (
     Database,
+    child_connection,
     codec,
-    connection_string,
     driver_of,
     is_on_this_machine,
     libpq_environment,
@@ -126,10 +127,15 @@ def write_database(
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
     with held.locks_lock, translating(held, operation):
         is_near = is_on_this_machine(held.locks)
-    pieces = [
-        table.ranges(range_bytes or range_size(table.size_bytes, all_bytes, crew.jobs, is_near=is_near))
-        for table in bulk
-    ]
+
+    def pieces_of(table: BulkTable) -> list[TableRange]:
+        if range_bytes is None and operation.bytes_per_second is not None:
+            return table.ranges(
+                None
+            )  # ranges would have to be counted, which reads the table once more, at no limited rate
+        return table.ranges(range_bytes or range_size(table.size_bytes, all_bytes, crew.jobs, is_near=is_near))
+
+    pieces = [pieces_of(table) for table in bulk]
     ranges = [one for some in pieces for one in some]
     split = [some[0].table for some in pieces if len(some) > 1]
     sessions = CopySessions(held, [*split, *(table for table in bulk if table not in split)])
@@ -159,7 +165,7 @@ def write_database(
     ]
     try:
         with contextlib.closing(sessions):
-            stream, facts, *rest = crew.run(units)
+            stream, facts, *rest = crew.run(units, operation.check)
         held.prove()
     finally:
         # Before any other error too: what can't be found any more is told by who looks for it in words that help nobody.
@@ -304,7 +310,7 @@ def write_globals(
         "--globals-only",
         "--no-role-passwords",
         "--no-password",
-        f"--dbname={connection_string(url.database or '')}",
+        f"--dbname={child_connection(url.database or '')}",
     ]
     sql = bytearray()
     with running(command, operation, environment=environment, writes=True) as child:

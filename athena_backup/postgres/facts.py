@@ -19,7 +19,9 @@ from athena_backup.postgres.sessions import COUNTING_SETTINGS, cancelled_with, q
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.
 _COUNTED_TABLES = text(
-    "SELECT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name, pg_catalog.pg_table_size(c.oid)::bigint AS size_bytes"
+    "SELECT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name,"
+    # Of another table it would wait for whoever has it locked, with every other table locked by us.
+    " CASE WHEN c.oid::bigint OPERATOR(pg_catalog.=) ANY (:locked) THEN pg_catalog.pg_table_size(c.oid)::bigint END AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.relpersistence <> 't' AND n.nspname <> 'information_schema'"
     " AND n.nspname !~ '^pg_' AND NOT (c.relpersistence OPERATOR(pg_catalog.=) 'u' AND pg_catalog.pg_is_in_recovery())"
@@ -124,10 +126,10 @@ def table_sizes(held: Held, operation: Operation) -> dict[int, int]:
 
 def _counted_tables(held: Held, operation: Operation) -> Sequence[Row[Any]]:
     # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
-    with translating(held, operation), held.locks_lock, cancelled_with(held.locks, operation):
-        rows = held.locks.execute(_COUNTED_TABLES).all()
     # L sees what is made after the cut too; S, like every reader of the snapshot, only what L has locked.
     locked = {oid for oid, _, _ in held.locked}
+    with translating(held, operation), held.locks_lock, cancelled_with(held.locks, operation):
+        rows = held.locks.execute(_COUNTED_TABLES, {"locked": list(locked)}).all()
     return [row for row in rows if row.oid in locked]
 
 

@@ -18,7 +18,7 @@ from typing import IO
 from sqlalchemy import text
 
 from athena_backup.crew import Crew, Turn, Unit
-from athena_backup.errors import AthenaError, FinalError
+from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Component, Stream
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
@@ -31,7 +31,7 @@ from athena_backup.postgres.order import order_dependent_tables
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
-    connection_string,
+    child_connection,
     libpq_environment,
     quoted,
     run_sql,
@@ -42,13 +42,14 @@ from athena_backup.store import Store
 
 # pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
+_ANALYZE_ONLY_SINCE = 180_000
 _SECTIONS = ("pre-data", "data", "post-data")
 # A table with foreign descendants is not among them: their servers would be asked, and may be gone.
 _ANALYZED = text(
     "WITH RECURSIVE asking(oid) AS (SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class f"
     " ON f.oid OPERATOR(pg_catalog.=) i.inhrelid WHERE f.relkind OPERATOR(pg_catalog.=) 'f'"
     " UNION SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN asking a ON a.oid OPERATOR(pg_catalog.=) i.inhrelid)"
-    " SELECT n.nspname AS schema_name, c.relname AS name,"
+    " SELECT n.nspname AS schema_name, c.relname AS name, c.relkind OPERATOR(pg_catalog.=) 'p' AS is_partitioned,"
     " coalesce(pg_catalog.pg_table_size(c.oid), 0)::bigint AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " WHERE c.relkind IN ('r', 'm', 'p') AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_toast'"
@@ -82,12 +83,13 @@ class Loading:
             sections = {section: lines_of(head.listing(f"--section={section}")) for section in _SECTIONS}
             schema = but_rights(sections["pre-data"])
             # As much waits for it: a database whose schema comes late would be left alone at the end.
-            crew.run([Unit(self.component.raw_size_bytes, lambda _: self.restore(archive, entries=schema))])
+            making = Unit(self.component.raw_size_bytes, lambda _: self.restore(archive, entries=schema))
+            crew.run([making], self.operation.check)
             with session(self.staging.url) as connection:
                 last = list(order_dependent_tables(connection).values())
                 workers = IndexWorkers.of(connection)
             plan = Plan(self, archive, head.listing("--verbose"), sections, last, crew.jobs, workers)
-            crew.run(plan.units)
+            crew.run(plan.units, self.operation.check)
         self._analyze_rest(crew, frozenset(plan.analyzed))
 
     def _head(self, dump: Stream) -> ArchiveHead:
@@ -118,7 +120,7 @@ class Loading:
         ``workers``: how many the server may take to help each of its sessions with an index; None: what it is set to.
         ``turn`` stops the feeding when another stream of the component has failed.
         """
-        command = [str(self.client), "--no-password", f"--dbname={connection_string(self.staging.database)}"]
+        command = [str(self.client), "--no-password", f"--dbname={child_connection(self.staging.database)}"]
         sets_unknown = self.server < _TRANSACTION_TIMEOUT_SINCE <= client_version(self.client)
         if not sets_unknown:
             command += ["--exit-on-error", f"--jobs={jobs}"] if jobs > 1 else ["--exit-on-error"]
@@ -146,6 +148,8 @@ class Loading:
         if feeding is not None and feeding.error is not None:
             raise feeding.error
         if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):
+            if any("deadlock detected" in line for line in ended.stderr):
+                raise PassingError(ended.how())
             raise FinalError(
                 ended.how(), next_step="the live database is untouched; correct the cause and restore again"
             )
@@ -156,7 +160,8 @@ class Loading:
         """ANALYZE whatever a bare ANALYZE would and that is not ``analyzed``, several tables at once, the biggest first."""
         with session(self.staging.url) as connection:
             tables = [
-                (name, row.size_bytes)
+                # Without ONLY all of its partitions again, which have their own turns.
+                (f"ONLY {name}" if row.is_partitioned and self.server >= _ANALYZE_ONLY_SINCE else name, row.size_bytes)
                 for row in connection.execute(_ANALYZED)
                 if (name := f"{quoted(row.schema_name)}.{quoted(row.name)}") not in analyzed
             ]
@@ -166,7 +171,8 @@ class Loading:
                 batches.append(([], 0))
             names, batch_bytes = batches[-1]
             batches[-1] = ([*names, name], batch_bytes + size_bytes)
-        crew.run([Unit(size_bytes, partial(self.analyze, names)) for names, size_bytes in batches])
+        units = [Unit(size_bytes, partial(self.analyze, names)) for names, size_bytes in batches]
+        crew.run(units, self.operation.check)
 
     def analyze(self, tables: Sequence[str], turn: Turn) -> None:
         """ANALYZE some tables, one after the other, by their quoted names.

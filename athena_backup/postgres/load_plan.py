@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, text
 
 from athena_backup.crew import Turn, Unit
+from athena_backup.errors import PassingError
 from athena_backup.manifest import Stream
 from athena_backup.postgres.bulk import table_oid
 from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, but_rights
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from athena_backup.postgres.load import Loading
 
 _PARALLEL_EXTENSION_SINCE = 160_000
+_TRIES = 3
 WORKERS = "max_parallel_maintenance_workers"
 # Null in a server that is older than the setting (11).
 _ALLOWED = text(f"SELECT pg_catalog.current_setting('{WORKERS}', true)::int")
@@ -177,7 +179,15 @@ class Plan:
         def work(turn: Turn) -> None:
             sessions = min(turn.slots, len(lines))
             workers = self._workers.beside(turn.others + sessions - 1)
-            self._loading.restore(self._archive, entries=lines, jobs=sessions, workers=workers)
+            for left in reversed(range(_TRIES if len(lines) == 1 else 1)):
+                try:
+                    self._loading.restore(self._archive, entries=lines, jobs=sessions, workers=workers)
+                    return
+                except PassingError:
+                    # An index by which its table is clustered, or that is its replica identity, takes a second, stronger lock
+                    # once it is made. Of two that waited for each other's, one has left nothing: an entry is one transaction.
+                    if not left:
+                        raise
 
         return work
 

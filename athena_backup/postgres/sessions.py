@@ -131,6 +131,8 @@ class ServerIdentity:
 
     def same_server(self, other: "ServerIdentity") -> bool:
         """Whether both are one server; by address and start time where a role may not read the control file."""
+        if self.in_recovery != other.in_recovery:
+            return False  # a standby has its primary's identifier and timeline, and its own instant
         if self.system_identifier is not None and other.system_identifier is not None:
             return (self.system_identifier, self.timeline) == (other.system_identifier, other.timeline)
         return (self.address, self.port, self.started) == (other.address, other.port, other.started)
@@ -323,6 +325,11 @@ def connection_string(database: str) -> str:
     return f"dbname='{escaped}'"
 
 
+def child_connection(database: str) -> str:
+    """The same for a child, with what a URL may not carry: a connection that is cut without a word is noticed, as ours is."""
+    return f"{connection_string(database)} keepalives=1 keepalives_idle=30 keepalives_interval=10 keepalives_count=3"
+
+
 def quoted(identifier: str) -> str:
     """An identifier for use in SQL text (manual, 4.1.1)."""
     return '"' + identifier.replace('"', '""') + '"'
@@ -347,7 +354,8 @@ def translated_state(state: str, message: str) -> AthenaError:
     if state.startswith(("22", "23")):
         # What follows are the row's contents, which belong into no log.
         message = message.partition("\n")[0]
-    message = " ".join(message.split())
+    # Where a function or a COPY failed: with the row that it had.
+    message = " ".join(message.partition("\nCONTEXT:")[0].split())
     # libpq gives no SQLSTATE for a connection that was refused; its sentence is all there is.
     if state.startswith("28") or "password authentication failed" in message or "no password supplied" in message:
         return DeniedError(

@@ -27,6 +27,7 @@ from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.facts import read_facts
+from athena_backup.postgres.load import Loading
 from athena_backup.postgres.rename import side_name
 from athena_backup.postgres.sessions import Database, parse_database_url, run_sql, session
 from athena_backup.postgres.staging import discard_staging
@@ -298,6 +299,16 @@ def test_only_a_table_that_others_would_wait_for_is_read_in_ranges(
     copied = tables_by_copy(component)
     assert (len(copied["big"]) > 1) == is_split
     assert sum(data.rows for data in copied["big"]) == rows
+
+
+def test_at_a_limited_rate_no_table_is_read_in_ranges_which_would_have_to_be_counted(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = big_table(make_database, "limited")
+    monkeypatch.setattr("athena_backup.postgres.bulk.RANGE_BYTES", 1 << 20)
+    for operation, is_split in ((Operation(), True), (Operation.lasting(60, bytes_per_second=1e9), False)):
+        component = dump(database, local_store, operation=operation, bulk_bytes=1 << 20)
+        assert (len(component.streams) > 2) == is_split
 
 
 def test_a_table_in_one_piece_is_stored_in_parts_of_its_own_size(
@@ -606,7 +617,7 @@ def test_a_login_that_only_libpq_can_do_leaves_everything_to_pg_dump_and_is_logg
         raise RuntimeError("gssapi module not found")
 
     database = big_table(make_database, "kerberos")
-    monkeypatch.setattr("athena_backup.postgres.copy_out.asyncpg.connect", refuse)
+    monkeypatch.setattr("athena_backup.postgres.copy_login.asyncpg.connect", refuse)
     component = dump(database, local_store, bulk_bytes=0)
     assert len(component.streams) == 1
     assert "kerberos is read by pg_dump alone, not by parallel COPY" in caplog.text
@@ -659,3 +670,91 @@ def test_a_table_that_is_made_after_the_cut_is_no_part_of_the_backup_and_no_faul
     assert [(table.name, table.rows) for table in component.database.tables] == [("t", 1)]
     restore(component, database, local_store)
     assert rows(database, "SELECT to_regclass('public.late')::text, (SELECT i FROM public.t)") == [(None, 1)]
+
+
+def test_a_count_that_nobody_waits_for_any_more_ends_in_the_server(make_database: Make) -> None:
+    """The table is a view that sleeps: no table takes long enough to count."""
+    database = make_database("counted", "CREATE VIEW slow AS SELECT 1 AS i WHERE pg_sleep(600) IS NULL")
+    operation = Operation()
+    busy = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = 'counted' AND state = 'active' AND pid <> pg_backend_pid()"
+        " AND query LIKE 'SELECT count(*) FROM ONLY%slow%'"
+    )
+    with hold_cut([database], operation) as cut, contextlib.closing(CopySessions(cut.of("counted"), [])) as sessions:
+        slow = replace(bulk(1, 1), schema_name="public", name="slow")
+        errors: list[AthenaError] = []
+
+        def count() -> None:
+            try:
+                count_rows(sessions, slow, operation, Turn(1, operation.check))
+            except AthenaError as error:
+                errors.append(error)
+
+        counting = threading.Thread(target=count)
+        counting.start()
+        with session(database.url) as connection:
+            while not run_sql(connection, busy).scalar_one():
+                assert counting.is_alive()
+            operation.cancel("a person said so")
+            counting.join(20)
+            assert [error.cause for error in errors] == ["a person said so"]
+            deadline = time.monotonic() + 20
+            while run_sql(connection, busy).scalar_one():
+                assert time.monotonic() < deadline
+
+
+def test_a_login_that_fails_for_a_moment_is_tried_again(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = asyncpg.connect, [TimeoutError(), ConnectionRefusedError()]
+
+    async def connecting(*arguments: object, **named: object) -> object:
+        if failures:
+            raise failures.pop()
+        return await real(*arguments, **named)
+
+    database = big_table(make_database, "busy")
+    monkeypatch.setattr("athena_backup.postgres.copy_login.asyncpg.connect", connecting)
+    assert len(dump(database, local_store, bulk_bytes=0).streams) > 1
+
+
+def test_a_table_that_somebody_has_made_and_locked_since_keeps_nobody(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("made", "CREATE TABLE t AS SELECT 1 AS i")
+    with hold_cut([database], Operation()) as cut:
+        sql(database, "CREATE TABLE late AS SELECT 2 AS i")
+        with session(database.url, {"search_path": "public"}) as busy:
+            run_sql(busy, "BEGIN; LOCK TABLE late IN ACCESS EXCLUSIVE MODE")
+            component = write_database(
+                *(database, cut, local_store, SET, "run", Operation.lasting(20)),
+                crew=Crew(2),
+                client_directories=[binaries()],
+                bulk_bytes=0,
+            )
+    assert rows_of(component.streams) == {("public", "t"): 1}
+
+
+def test_indexes_that_wait_for_each_others_locks_are_made_again(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadlock is made up: whether two of a table meet in it is chance."""
+    database = make_database(
+        "clustered",
+        "CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i; ALTER TABLE t ALTER i SET NOT NULL;"
+        "CREATE INDEX a ON t (i); ALTER TABLE t CLUSTER ON a;"
+        "CREATE UNIQUE INDEX b ON t (i); ALTER TABLE t REPLICA IDENTITY USING INDEX b",
+    )
+    before = stock_dump(database.url, "--schema-only")
+    component = dump(database, local_store, **ALL_BY_COPY)
+    real, failures = Loading.restore, [PassingError("deadlock detected"), PassingError("deadlock detected")]
+
+    def restoring(loading: Loading, archive: str | None = None, **named: Any) -> None:
+        if failures and any(b" INDEX " in entry for entry in named["entries"]):
+            raise failures.pop()
+        real(loading, archive, **named)
+
+    monkeypatch.setattr(Loading, "restore", restoring)
+    restore(component, database, local_store, jobs=2, soon_bytes=0)
+    assert failures == []
+    assert stock_dump(database.url, "--schema-only") == before

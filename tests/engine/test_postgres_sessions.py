@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,13 @@ from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
 from athena_backup.postgres.preflight import preflight_database
-from athena_backup.postgres.sessions import Database, libpq_environment, parse_database_url
+from athena_backup.postgres.sessions import (
+    Database,
+    ServerIdentity,
+    libpq_environment,
+    parse_database_url,
+    translated_state,
+)
 from athena_backup.postgres.staging import stage_database
 from athena_backup.store.credentials import bare_environment
 from athena_backup.store.local import LocalStore
@@ -108,3 +116,14 @@ def test_no_password_is_in_any_command_line(
     for program in ("pg_dump\0", "pg_dumpall\0", "pg_restore\0"):
         assert any(program in line for line in seen), program
     assert not [line for line in seen if "s3cret-word" in line]
+
+
+def test_the_row_in_which_a_function_failed_is_not_shown() -> None:
+    told = translated_state("P0001", 'no such account\nCONTEXT:  COPY t, line 7: "a secret"')
+    assert str(told) == "PostgreSQL: no such account"
+
+
+def test_a_standby_is_another_server_than_its_primary() -> None:
+    primary = ServerIdentity("7", 1, "10.0.0.1", 5432, datetime.now(UTC), 150_000, in_recovery=False)
+    assert primary.same_server(replace(primary, address="10.0.0.2"))
+    assert not primary.same_server(replace(primary, in_recovery=True))

@@ -12,10 +12,10 @@ from athena_backup.crew import Turn
 from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
 from athena_backup.manifest import Component
 from athena_backup.operation import Operation
-from athena_backup.postgres import copy_out
 from athena_backup.postgres.bulk import DUMP_BYTES, BulkTable, bulk_tables, worth_copying
 from athena_backup.postgres.copy_in import load_ranges
-from athena_backup.postgres.copy_out import CopySessions, RangeReading, unreachable
+from athena_backup.postgres.copy_login import connect, unreachable
+from athena_backup.postgres.copy_out import CopySessions, RangeReading
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
@@ -408,7 +408,7 @@ def test_a_reading_session_notices_a_connection_that_is_cut_without_a_word(make_
     database = make_database("kept_alive")
 
     async def options() -> list[int]:
-        connection: asyncpg.Connection = await copy_out._connect(database.url)
+        connection: asyncpg.Connection = await connect(database.url)
         sock = connection._transport.get_extra_info("socket")
         found = [
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
