@@ -153,7 +153,9 @@ class VolumeFacts(_Document):
     gids: tuple[int, ...]
     special_modes: bool = Field(description="Whether any member is setuid, setgid or sticky.")
     devices: int
-    xattr_classes: tuple[str, ...] = Field(description="Such as 'user', 'security', 'system'.")
+    xattr_classes: tuple[str, ...] = Field(
+        description="Such as 'user', 'security', 'system'; of class system but for ACLs the whole name."
+    )
 
 
 class Server(_Document):

@@ -19,7 +19,7 @@ from athena_backup.operation import Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
-from athena_backup.volume_large import ARCHIVE_BYTES, LARGE_BYTES, Layout, Shares, look, open_large
+from athena_backup.volume_large import ARCHIVE_BYTES, LARGE_BYTES, Layout, Shares, has_inode, look, open_large
 from athena_backup.volume_members import Members
 from athena_backup.volume_pax import END
 from athena_backup.volume_staging import half_switched
@@ -77,7 +77,11 @@ def write_volume(
             turn.check()
             operation.check()
 
-        return look(root, check, large_bytes=large_bytes, archive_bytes=archive_bytes)
+        own = os.dup(root)  # the other is closed if it hangs, and is left to itself
+        try:
+            return look(own, check, large_bytes=large_bytes, archive_bytes=archive_bytes)
+        finally:
+            os.close(own)
 
     def write(number: int, chunks: Callable[[], Iterator[bytes]], turn: Turn) -> Stream:
         def threads() -> int:
@@ -98,7 +102,7 @@ def write_volume(
 
     root = open_root(volume.directory)
     try:
-        [layout] = crew.run([Unit(0, looked, rank=_LOOK_RANK)])
+        [layout] = crew.run([Unit(0, looked, rank=_LOOK_RANK)], operation.check)
         shares = Shares(layout)
         walk = Walk(volume.directory, operation, may_enter=shares.may_enter)
         large = [_LargeFiles(root, [file.path for file in files], shares) for files in layout.archives]
@@ -118,7 +122,7 @@ def write_volume(
             Unit(size_bytes, partial(write, number, chunks), is_elastic=True, rank=_ARCHIVE_RANK)
             for number, (size_bytes, chunks) in enumerate(zip(sizes_bytes, archives, strict=True))
         ]
-        streams = crew.run(units)
+        streams = crew.run(units, operation.check)
         check_root(volume.directory, os.fstat(root))
         facts = judged()
     finally:
@@ -165,9 +169,12 @@ class _LargeFiles:
                 return
             if not self._shares.claim(path):
                 return
+            # Renamed since the walk came by, as logs are when a new one is begun: under its new name nobody gives it.
+            seen = self._shares.seen_by_walk(path)
+            is_aside = seen not in (None, entry.status.st_ino) and has_inode(entry.folder, seen)
             yield from self.members.pieces(entry)
-            if is_linked and shown(path) not in self.members.torn:
-                # A second name since the walk came by: it comes back as two files.
+            # A second name since the walk came by: it comes back as two files.
+            if (is_linked or is_aside) and shown(path) not in self.members.torn:
                 self.members.torn.append(shown(path))
 
 

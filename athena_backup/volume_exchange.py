@@ -35,6 +35,7 @@ from athena_backup.volume_staging import (
     LOCK,
     LOCK_FLAGS,
     MET,
+    MODE,
     MOVING_IN,
     MOVING_OUT,
     NEW,
@@ -198,7 +199,7 @@ def _roll_forward(root: int, staging: int) -> None:
         with opened_folder(staging, NEW) as new:
             for name in _names(new):
                 _move(new, root, name, staging, aside=root)
-            _take_over_attributes(new, root)
+            _take_over_attributes(new, root, _root_mode(staging, new))
             os.fsync(new)
         os.fsync(root)
         _set_state(staging, SWITCHED)
@@ -252,6 +253,44 @@ def _move(source: int, target: int, name: bytes, staging: int, *, aside: int) ->
 
 
 def _rename(source: int, target: int, name: bytes, new_name: bytes) -> None:
+    """Rename without replacing, a folder of ours too into which we may not write. Raises `OSError`."""
+    try:
+        _rename_as_it_is(source, target, name, new_name)
+    except PermissionError:
+        # Who moves a folder changes its "..", for which only root needs no right to write (rename(2), EACCES).
+        with _made_writable(source, name) as is_made:
+            if not is_made:
+                raise
+            _rename_as_it_is(source, target, name, new_name)
+
+
+@contextlib.contextmanager
+def _made_writable(folder: int, name: bytes) -> Iterator[bool]:
+    """While the block lasts, have a folder be writable by us, its owner; False where that is not what is missing.
+
+    A kill in the block leaves it writable.
+    """
+    try:
+        descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        yield False
+        return
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if mode & stat.S_IWUSR or os.fstat(descriptor).st_uid != os.geteuid():
+            yield False
+            return
+        path = f"/proc/self/fd/{descriptor}"  # of a folder that can't be read there is no other descriptor
+        os.chmod(path, stat.S_IMODE(mode) | stat.S_IWUSR)
+        try:
+            yield True
+        finally:
+            os.chmod(path, stat.S_IMODE(mode))
+    finally:
+        os.close(descriptor)
+
+
+def _rename_as_it_is(source: int, target: int, name: bytes, new_name: bytes) -> None:
     """Rename without replacing (renameat2(2)); on a file system that has no such call, a look comes before. Raises `OSError`."""
     if _LIBC.renameat2(source, name, target, new_name, _RENAME_NOREPLACE) == 0:
         return
@@ -263,12 +302,13 @@ def _rename(source: int, target: int, name: bytes, new_name: bytes) -> None:
     os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
 
 
-def _take_over_attributes(new: int, root: int) -> None:
+def _take_over_attributes(new: int, root: int, mode: int) -> None:
     """Owner, mode and attributes of the set's root for the live one, and no others; its time comes when all is done."""
     status, current = os.fstat(new), os.fstat(root)
     if (status.st_uid, status.st_gid) != (current.st_uid, current.st_gid):
         os.fchown(root, status.st_uid, status.st_gid)
-    os.fchmod(root, stat.S_IMODE(status.st_mode))
+    if stat.S_IMODE(os.fstat(root).st_mode) != mode:
+        os.fchmod(root, mode)
     wanted, present = _xattrs(new), _xattrs(root)
     for name in present.keys() - wanted.keys():
         os.removexattr(root, name)
@@ -327,12 +367,26 @@ def _prepare(root: int, staging: int) -> None:
             pass
     for reached in (MOVING_OUT, MOVING_IN, SWITCHED):
         _put_text(staging, reached, reached)
-    _put_text(staging, TIME, b"%d %d" % (os.stat(NEW, dir_fd=staging).st_mtime_ns, os.fstat(root).st_mtime_ns))
+    new = os.stat(NEW, dir_fd=staging)
+    _put_text(staging, TIME, b"%d %d" % (new.st_mtime_ns, os.fstat(root).st_mtime_ns))
+    # Nothing can be moved out of a folder into which we may not write.
+    mode = stat.S_IMODE(new.st_mode)
+    if not _has(staging, MODE):  # an earlier call may have put it there, and changed the folder's
+        _put_text(staging, MODE, b"%o" % mode)
+    os.chmod(NEW, mode | stat.S_IRWXU, dir_fd=staging)
 
 
 def _set_state(staging: int, reached: bytes) -> None:
     os.replace(reached, STATE, src_dir_fd=staging, dst_dir_fd=staging)
     os.fsync(staging)
+
+
+def _root_mode(staging: int, new: int) -> int:
+    """The mode of the set's root, which `new/` had before it was made ours to write into."""
+    try:
+        return int(os.readlink(MODE, dir_fd=staging), 8)
+    except FileNotFoundError:  # a switch that an earlier version began
+        return stat.S_IMODE(os.fstat(new).st_mode)
 
 
 def _times(staging: int) -> tuple[int, int]:

@@ -36,11 +36,13 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEVICE_TYPES = {CHARACTER: stat.S_IFCHR, BLOCK: stat.S_IFBLK}
 _METADATA_REFUSED = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL}
+_POLICYS = frozenset({"security.selinux"})
+"""What the system gives every file by its policy, of which its own is right where no other may be set."""
 
 
 @dataclass(frozen=True)
 class RestoredVolume:
-    """What was extracted. ``losses`` says in words which attributes could not be set, where that was accepted."""
+    """What was extracted. ``losses`` says in words which attributes could not be set, where that was accepted or is no harm."""
 
     members: int
     losses: tuple[str, ...]
@@ -78,7 +80,10 @@ def read_volume(
 
 @dataclass
 class _Dresser:
-    """Gives entries their attributes: owner, then mode, then xattrs, then time; each of the first can undo a later one."""
+    """Gives entries their attributes: owner, then mode, then xattrs, then time; each of the first can undo a later one.
+
+    Attributes of class user come before the mode: into what is read-only by then only root may write them (xattr(7)).
+    """
 
     owner_map: OwnerMap
     accepts_loss: bool
@@ -88,9 +93,12 @@ class _Dresser:
     def dress(self, path: bytes, member: Member, descriptor: int) -> None:
         """Dress what is open."""
         mode = self._own(path, member, os.fstat(descriptor), os.chown, descriptor)
-        self._set("mode", path, os.chmod, descriptor, mode)
-        for attribute, value in member.xattrs.items():
+        own = {name: value for name, value in member.xattrs.items() if name.startswith("user.")}
+        for attribute, value in own.items():
             self._set(attribute, path, os.setxattr, descriptor, attribute, value)
+        self._set("mode", path, os.chmod, descriptor, mode)
+        for attribute in member.xattrs.keys() - own.keys():
+            self._set(attribute, path, os.setxattr, descriptor, attribute, member.xattrs[attribute])
         os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
 
     def dress_named(self, path: bytes, member: Member, folder: int) -> None:
@@ -124,7 +132,7 @@ class _Dresser:
         try:
             act(*args, **where)
         except OSError as error:
-            if not self.accepts_loss or error.errno not in _METADATA_REFUSED:
+            if not (self.accepts_loss or what in _POLICYS) or error.errno not in _METADATA_REFUSED:
                 raise
             with self._lock:
                 count, first = self._lost.get(what, (0, path))

@@ -234,6 +234,13 @@ def open_large(root: int, path: bytes) -> Iterator[Entry | None]:
         yield Entry(path, status, folder, descriptor)
 
 
+def has_inode(folder: int, inode: int | None) -> bool:
+    """Whether an open folder has an entry of that inode; one that can't be listed has none."""
+    with contextlib.suppress(OSError), os.scandir(folder) as items:
+        return any(item.inode() == inode for item in items)
+    return False
+
+
 def _open_folder(root: int, path: bytes, device: int) -> int | None:
     """A descriptor of a folder, followed through no link; None if there is none any more. Raises `OSError`."""
     current = os.dup(root)
@@ -274,6 +281,8 @@ class Shares:
     def __init__(self, layout: Layout) -> None:
         self._states = {file.path: _State.WAITING for archive in layout.archives for file in archive}
         self._folders = dict(layout.folders)
+        self._seen: dict[bytes, int] = {}
+        """Of what the walk left to an archive: the inode that it saw."""
         self._given: set[bytes] = set()
         self._replaced: list[bytes] = []
         self._listed = frozenset((*self._states, *self._folders))
@@ -286,6 +295,11 @@ class Shares:
                 return False
             self._states[path] = _State.ARCHIVED
             return True
+
+    def seen_by_walk(self, path: bytes) -> int | None:
+        """Which inode the walk saw there before it left the path to its archive; None if it did not come by, or saw no file."""
+        with self._lock:
+            return self._seen.get(path)
 
     def give_back(self, path: bytes, *, is_there: bool) -> bool:
         """Said by a path's archive that found no plain file there; with ``is_there`` one with several names.
@@ -314,7 +328,10 @@ class Shares:
         with self._lock:
             if entry.path in self._states:
                 is_plain = stat.S_ISREG(entry.status.st_mode) and entry.status.st_nlink == 1 and not entry.is_object
-                return self._is_walks(entry.path, is_plain=is_plain)
+                is_walks = self._is_walks(entry.path, is_plain=is_plain)
+                if not is_walks and is_plain:
+                    self._seen[entry.path] = entry.status.st_ino
+                return is_walks
             if stat.S_ISDIR(entry.status.st_mode):
                 self._given.add(entry.path)
                 return True

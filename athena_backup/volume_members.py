@@ -60,7 +60,7 @@ class Members:
         self.uids.add(member.uid)
         self.gids.add(member.gid)
         self.special_modes |= bool(member.mode & _SPECIAL_BITS)
-        self.xattr_classes.update(name.partition(".")[0] for name in member.xattrs)
+        self.xattr_classes.update(_class_of(name) for name in member.xattrs if name != "security.selinux")
         return header(member)
 
     def _other(self, entry: Entry) -> Iterator[bytes]:
@@ -159,6 +159,12 @@ class Members:
         stored_bytes = len(mapped) + sum(length for _, length in segments)
         yield self._counted(replace(member, is_sparse=True, stored_bytes=stored_bytes))
         yield mapped
+
+
+def _class_of(attribute: str) -> str:
+    """What has to be tried before a restore, to know whether it may be set: its class, which is one thing but for system."""
+    kind = attribute.partition(".")[0]
+    return attribute if kind == "system" and not attribute.startswith("system.posix_acl_") else kind
 
 
 def _is_unchanged(entry: Entry, before: os.stat_result, after: os.stat_result) -> bool:

@@ -123,9 +123,9 @@ def _metadata_faults(staging: int, facts: VolumeFacts, owner_map: OwnerMap) -> l
                 faults.append(
                     DeniedError("set-id and sticky bits can't be set here", next_step="run the restore as root")
                 )
-        for kind in facts.xattr_classes:
-            name, value = _ATTRIBUTES.get(kind, (f"{kind}.athena-probe", b"1"))
-            attempt(f"extended attributes of class {kind}", os.setxattr, probe, name, value)
+        # Of others (system.nfs4_acl, btrfs.compression) no value is known that any file may have.
+        for kind in sorted(_ATTRIBUTES.keys() & set(facts.xattr_classes)):
+            attempt(f"extended attributes of class {kind}", os.setxattr, probe, *_ATTRIBUTES[kind])
     finally:
         os.close(probe)
         os.unlink(_PROBE, dir_fd=staging)

@@ -1,8 +1,8 @@
 """The staging place of a restore: ``.athena-{restore id}/`` inside the volume, reached by descriptors, removed safely.
 
 In it: ``new/`` (what was extracted), ``old/`` (what was live), ``met/`` (what live writers put in the way meanwhile),
-``state`` and ``time`` (links whose texts say how far the switch is and which time the root gets), ``lock``. Making and
-removing it leaves the time of the volume's root as it was (unless a kill comes between the two calls that this takes).
+``state``, ``time`` and ``mode`` (links whose texts say how far the switch is, and which time and mode the root gets), ``lock``.
+Making and removing it leaves the time of the volume's root as it was (unless a kill comes between the two calls that this takes).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
 from athena_backup.volume_walk import STAGING_PREFIX
 
-NEW, OLD, MET, LOCK, STATE, TIME = b"new", b"old", b"met", b"lock", b"state", b"time"
+NEW, OLD, MET, LOCK, STATE, TIME, MODE = b"new", b"old", b"met", b"lock", b"state", b"time", b"mode"
 MOVING_OUT, MOVING_IN, SWITCHED = b"moving out", b"moving in", b"switched"
 """The states of a switch; `volume_exchange` tells what each means."""
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -113,9 +113,22 @@ def remove_staging(root: int, name: bytes, root_mtime_ns: int) -> None:
         # The state goes last: a removal that is killed goes on as what it was.
         _empty(staging, keep=(STATE, TIME))
         _empty(staging)
-    os.rmdir(name, dir_fd=root)
+    _remove_folder(root, name)
     os.utime(root, ns=(before.st_atime_ns, root_mtime_ns))
     os.fsync(root)
+
+
+def _remove_folder(root: int, name: bytes) -> None:
+    try:
+        os.rmdir(name, dir_fd=root)
+    except PermissionError:
+        # The set's root is one that not even its owner may write to, and by now so is this.
+        mode = stat.S_IMODE(os.fstat(root).st_mode)
+        os.fchmod(root, mode | stat.S_IWUSR)
+        try:
+            os.rmdir(name, dir_fd=root)
+        finally:
+            os.fchmod(root, mode)
 
 
 @dataclass

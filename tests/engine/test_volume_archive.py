@@ -20,6 +20,7 @@ from athena_backup.errors import CancelledError, DamagedError, FinalError
 from athena_backup.manifest import Component, Part, Stream, VolumeFacts
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
+from athena_backup.pipeline import read_stream
 from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_entry import Entry
@@ -461,3 +462,19 @@ def test_a_backup_needs_few_descriptors(tmp_path: Path, local_store: LocalStore)
         restored(component, local_store, tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_label_of_the_systems_policy_is_kept_but_asks_for_no_right(
+    tmp_path: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attributes are made up: which of them may be set depends on the system and the file system."""
+    root = tmp_path / "live"
+    root.mkdir()
+    (root / "file").touch()
+    found = {"security.selinux": b"label", "system.nfs4_acl": b"acl", "user.note": b"x"}
+    monkeypatch.setattr("athena_backup.volume_members.xattrs_of", lambda _: found)
+    component = back_up(root, local_store)
+    assert component.volume is not None
+    assert component.volume.xattr_classes == ("system.nfs4_acl", "user")
+    raw = b"".join(read_stream("v", component.streams[0].parts, local_store, Operation()))
+    assert b"SCHILY.xattr.security.selinux=label" in raw

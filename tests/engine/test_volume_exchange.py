@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from unprivileged import NOBODY, as_user
 
 from athena_backup import volume_exchange, volume_preflight
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError, PassingError
@@ -28,6 +29,7 @@ from athena_backup.volume_exchange import (
     stage_volume,
     switch_volume,
 )
+from athena_backup.volume_staging import half_switched
 
 RESTORE_ID = "0123456789ab"
 STAGING = f".athena-{RESTORE_ID}"
@@ -223,7 +225,7 @@ def test_a_begun_switch_is_never_discarded(
 ) -> None:
     staged(component, local_store, live)
     with monkeypatch.context() as patch:
-        killing(patch, 16, after=True)
+        killing(patch, 20, after=True)
         with pytest.raises(Killed):
             switch_volume(live, RESTORE_ID, Operation())
     with pytest.raises(FinalError, match="has begun and not ended"):
@@ -343,6 +345,69 @@ def test_attributes_of_the_live_root_that_the_set_has_not_go(
     switch_volume(live, RESTORE_ID, Operation())
     assert os.listxattr(live) == []
     assert (live.stat().st_uid, stat.S_IMODE(live.stat().st_mode)) == (0, 0o751)
+
+
+def give(root: Path, uid: int) -> None:
+    for path in [root, *root.rglob("*")]:
+        os.chown(path, uid, uid, follow_symlinks=False)
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="only root can become somebody else")
+class TestWithoutPrivileges:
+    """Of an ordinary user's volume."""
+
+    def prepared(self, tmp_path: Path, store: LocalStore, uid: int = NOBODY) -> tuple[Component, Picture]:
+        """A user's set with a folder and a root that he may not write to, and what is in it."""
+        source = tmp_path / "read-only"
+        (source / "folder" / "inner").mkdir(parents=True)
+        (source / "folder" / "inner" / "file").write_text("new")
+        for folder in (source / "folder" / "inner", source / "folder", source):
+            folder.chmod(0o555)
+            os.utime(folder, ns=(0, 3_000))
+        give(source, uid)
+        set_id = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+        component = write_volume(Volume("repos", source), store, set_id, "run", Operation())
+        for path in Path(store.location.place).rglob("*"):
+            path.chmod(0o755)
+        return component, picture(source)
+
+    def test_folders_that_may_not_be_written_take_their_places(
+        self, tmp_path: Path, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        component, wanted = self.prepared(tmp_path, local_store)
+        give(live, NOBODY)
+        (live / "both").chmod(0o555)
+        staged(component, local_store, live)
+
+        def die(*_: object) -> None:
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(volume_exchange, "_set_state", die)
+            switch_volume(live, RESTORE_ID, Operation())
+        give(live / STAGING, NOBODY)
+        assert stat.S_IMODE((live / STAGING / "new").stat().st_mode) == 0o755
+        assert not half_switched(live), "killed when all was made ready, and nothing moved"
+        assert as_user(lambda: switch_volume(live, RESTORE_ID, Operation()), live) == "None"
+        assert picture(live) == wanted
+
+    def test_a_root_of_somebody_else_is_refused_before_anything_is_moved(
+        self, tmp_path: Path, local_store: LocalStore, live: Path
+    ) -> None:
+        component, _ = self.prepared(tmp_path, local_store, uid=4242)
+        give(live, NOBODY)
+        live.chmod(0o777)
+        before = picture(live)
+
+        def restore() -> None:
+            staged(component, local_store, live)
+            switch_volume(live, RESTORE_ID, Operation())
+
+        assert as_user(restore, live, uid=4242).startswith(f"DeniedError: {live}: Operation not permitted")
+        discard_volume(live, RESTORE_ID)
+        after = picture(live)
+        assert after.pop(".")[0] == before.pop(".")[0]
+        assert after == before
 
 
 class TestPreflight:

@@ -5,16 +5,16 @@ import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import zstandard
+from unprivileged import NOBODY, as_user
 
 from athena_backup import volume_extract, volume_read
 from athena_backup.crew import Crew
-from athena_backup.errors import AthenaError, DamagedError, FinalError, FullError
+from athena_backup.errors import AthenaError, DamagedError, DeniedError, FinalError, FullError
 from athena_backup.manifest import Component, Part, Stream, VolumeFacts
 from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore
@@ -321,34 +321,14 @@ def test_several_archives_are_one_volume_and_the_last_one_dresses_the_folders(
     assert (staging / "sub").stat().st_mtime_ns == 1_000_000_001
 
 
-def as_nobody(act: Callable[[], object], staging: Path) -> str:
-    """Run ``act`` in a child without privileges; what it printed or raised."""
-    for place in (staging, *staging.parents):
-        if place.stat().st_uid == os.geteuid() and place != Path("/"):
-            place.chmod(place.stat().st_mode | 0o055)
-    os.chown(staging, 65534, 65534)
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            said = repr(act())
-        except AthenaError as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(write, said.encode())
-        os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    return said
-
-
 @pytest.mark.skipif(not AS_ROOT, reason="only root can become somebody else")
 class TestWithoutPrivileges:
     """What an ordinary user may not set is refused, or left out and told where that was accepted."""
+
+    @pytest.fixture
+    def staging(self, staging: Path) -> Path:
+        os.chown(staging, NOBODY, NOBODY)
+        return staging
 
     def raw(self) -> bytes:
         return archive(
@@ -365,24 +345,40 @@ class TestWithoutPrivileges:
 
     def test_an_owner_that_may_not_be_set_is_refused(self, local_store: LocalStore, staging: Path) -> None:
         component = self.whole(local_store)
-        said = as_nobody(lambda: read_volume(component, local_store, staging, Operation()), staging)
+        said = as_user(lambda: read_volume(component, local_store, staging, Operation()), staging)
         assert said.startswith("DeniedError: suid: Operation not permitted")
 
     def test_an_accepted_loss_is_told_and_a_foreign_setuid_bit_is_never_given(
         self, local_store: LocalStore, staging: Path
     ) -> None:
         component = self.whole(local_store)
-        said = as_nobody(
+        said = as_user(
             lambda: read_volume(component, local_store, staging, Operation(), accept_metadata_loss=True).losses, staging
         )
         assert said == "('owner of 3 entries, the first suid',)"
         assert stat.S_IMODE((staging / "suid").stat().st_mode) == 0o755
         assert (staging / "suid").stat().st_mtime_ns == 1_000_000_001
 
+    def test_what_is_read_only_has_its_attributes(self, local_store: LocalStore, staging: Path) -> None:
+        owner = (65534, 65534)
+        raw = archive(
+            member(b"file", mode=0o444, owner=owner, xattrs={"user.note": b"x"}),
+            member(b"folder", DIRECTORY, mode=0o555, owner=owner, xattrs={"user.note": b"y"}),
+            member(b".", DIRECTORY, owner=owner),
+        )
+        component = component_of(local_store, raw)
+        for path in Path(local_store.location.place).rglob("*"):
+            path.chmod(0o755)
+        said = as_user(lambda: read_volume(component, local_store, staging, Operation()).losses, staging)
+        if "Operation not supported" in said:
+            pytest.skip("no attributes here")
+        assert said == "()"
+        assert [os.getxattr(staging / name, "user.note") for name in ("file", "folder")] == [b"x", b"y"]
+
     def test_an_owner_map_lifts_it(self, local_store: LocalStore, staging: Path) -> None:
         component = self.whole(local_store)
         owner_map = {(1000, 1000): (65534, 65534)}
-        said = as_nobody(
+        said = as_user(
             lambda: read_volume(component, local_store, staging, Operation(), owner_map=owner_map).losses, staging
         )
         assert said == "()"
@@ -424,3 +420,20 @@ def test_a_hard_link_may_come_before_its_target_from_another_archive(
 def test_hard_links_to_each_other_are_refused(local_store: LocalStore, staging: Path) -> None:
     links = (member(b"one", HARD_LINK, link=b"two"), member(b"two", HARD_LINK, link=b"one"))
     refused(local_store, staging, archive(*links, ROOT), "hard link to .*, which is not there", DamagedError)
+
+
+def test_a_label_of_the_systems_policy_that_may_not_be_set_is_told_and_no_reason_to_refuse_a_set(
+    local_store: LocalStore, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is made up: it takes a system whose policy is in force."""
+
+    def refuse(target: object, attribute: str, *_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    raw = archive(member(b"file", xattrs={"security.selinux": b"system_u:object_r:container_file_t:s0"}), ROOT)
+    restored = read_volume(component_of(local_store, raw), local_store, staging, Operation())
+    assert restored.losses == ("security.selinux of 1 entries, the first file",)
+    raw = archive(member(b"other", xattrs={"security.capability": b"x"}), ROOT)
+    with pytest.raises(DeniedError, match="other: Operation not permitted"):
+        read_volume(component_of(local_store, raw), local_store, staging, Operation())

@@ -28,7 +28,7 @@ from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_entry import Entry
 from athena_backup.volume_extract import read_volume
-from athena_backup.volume_large import LargeFile, Layout, _shared_out, look
+from athena_backup.volume_large import Folder, LargeFile, Layout, Shares, _shared_out, look
 from athena_backup.volume_read import _Archive
 from athena_backup.volume_walk import Walk
 
@@ -104,6 +104,18 @@ def ordered(
         return dataclasses.replace(layout, rest_bytes=1 << 50 if walk_first else 0)
 
     monkeypatch.setattr(volume_archive, "look", looking)
+
+
+def after_walk(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have the walk come first, and something happen when it has come by."""
+    ordered(monkeypatch, walk_first=True)
+    real = Shares.end_walk
+
+    def ending(shares: Shares) -> list[tuple[bytes, Folder]]:
+        act()
+        return real(shares)
+
+    monkeypatch.setattr(Shares, "end_walk", ending)
 
 
 def test_large_files_stand_in_archives_of_their_own_and_everything_else_in_the_last(
@@ -245,6 +257,26 @@ class TestBetweenLookAndRead:
         self.after(monkeypatch, lambda: (root / "next").rename(big), walk_first=walk_first)
         component = back_up(root, local_store, torn_limit=0)
         assert (restored(component, local_store, tmp_path / "new") / "big").read_bytes() == b"new" * 10
+
+    def test_renamed_while_a_new_one_is_begun(
+        self, root: Path, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walk_first: bool
+    ) -> None:
+        """As logs are rotated: where the walk came by before, the old one is in no archive, and that is told."""
+        big = large(root / "big", b"old")
+
+        def rotate() -> None:
+            big.rename(root / "big.1")
+            large(big, b"new", size_bytes=10)
+
+        if walk_first:
+            after_walk(monkeypatch, rotate)
+        else:
+            self.after(monkeypatch, rotate, walk_first=False)
+        component = back_up(root, local_store)
+        target = restored(component, local_store, tmp_path / "new")
+        assert (target / "big").read_bytes() == b"new" * 10
+        assert facts(component).torn == (("big",) if walk_first else ())
+        assert (target / "big.1").exists() == (not walk_first)
 
     def test_turned_into_a_folder(
         self, root: Path, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walk_first: bool
@@ -710,3 +742,15 @@ def test_whatever_happens_in_the_tree_its_backup_can_be_restored(
         stop.set()
         thread.join(20)
     assert streams > 25, "no large file was ever found"
+
+
+def test_a_file_that_is_replaced_after_the_walk_came_by_is_given_as_it_is_then(
+    root: Path, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost by that, so nothing is told: of a volume of few files it would fail every backup."""
+    big = large(root / "big")
+    large(tmp_path / "next", b"new", size_bytes=10)
+    after_walk(monkeypatch, lambda: (tmp_path / "next").rename(big))
+    component = back_up(root, local_store, torn_limit=0)
+    assert facts(component).torn == ()
+    assert (restored(component, local_store, tmp_path / "new") / "big").read_bytes() == b"new" * 10
