@@ -106,10 +106,11 @@ class Bench:
         *,
         limits: Callable[[], list[Limit]] = list,
         rest_seconds: float = 0,
+        rest_before_restore_seconds: float = 0,
     ) -> None:
         """All rounds of a case, the limits measured anew in each.
 
-        ``rest_seconds`` is how long the machine is left alone before every turn.
+        ``rest_seconds`` is how long the machine is left alone before every turn, the other before every restore.
         """
         self.results.begin(case, self.rounds)
         contenders = [one for one in contenders if not self.wanted or any(part in one.name for part in self.wanted)]
@@ -118,7 +119,7 @@ class Bench:
             start = number % max(1, len(contenders))
             for contender in [*contenders[start:], *contenders[:start]]:
                 time.sleep(rest_seconds)
-                self._turn(case, contender, number, settle)
+                self._turn(case, contender, number, settle, rest_before_restore_seconds)
 
     def _measure_limits(self, case: str, number: int, limits: Callable[[], list[Limit]]) -> None:
         try:
@@ -126,7 +127,9 @@ class Bench:
         except Exception as error:  # noqa: BLE001 - as of a turn
             self._keep(Run(case, LIMIT, "backup", number, None, failure=f"{type(error).__name__}: {error}"))
 
-    def _turn(self, case: str, contender: Contender, number: int, settle: Callable[[], None]) -> None:
+    def _turn(
+        self, case: str, contender: Contender, number: int, settle: Callable[[], None], rest_seconds: float
+    ) -> None:
         """One contender's turn; a failure is a result too, and the next one has its turn."""
         verb: Verb = "backup"
         try:
@@ -136,6 +139,8 @@ class Bench:
                 stored = contender.stored_bytes()
                 self._keep(Run(case, contender.name, verb, number, usage, stored))
                 verb = "restore"
+                contender.prepare_restore()
+                time.sleep(rest_seconds)
                 settle()
                 usage = contender.restore()
                 contender.verify()
@@ -144,8 +149,13 @@ class Bench:
             contender.forget()
         except Exception as error:  # noqa: BLE001 - whatever it is, hours of other runs must not be lost by it
             self._keep(Run(case, contender.name, verb, number, None, failure=f"{type(error).__name__}: {error}"))
-            with contextlib.suppress(Exception):
+            if verb == "cleaning":
+                return
+            try:
                 contender.forget()
+            except Exception as again:  # noqa: BLE001 - the same
+                failure = f"{type(again).__name__}: {again}"
+                self._keep(Run(case, contender.name, "cleaning", number, None, failure=failure))
 
     def _keep(self, run: Run) -> None:
         self.results.add(run)
@@ -283,20 +293,25 @@ def _describe_database(bench: Bench, cluster: Cluster) -> None:
 def growth(bench: Bench) -> None:
     """The smaller databases of the same make; the largest is measured with the peers."""
     for units in GROWTH_UNITS[:-1]:
-        _against_zstd(bench, growth_case(units), Bulk(units, bench.size.rows))
+        _against_zstd(bench, growth_case(units), Bulk(units, bench.size.rows), rest_seconds=0)
 
 
 def tables(bench: Bench) -> None:
     """Databases of few and of many tables."""
     for count in bench.size.tables:
-        _against_zstd(bench, tables_case(count), Many(count))
+        _against_zstd(bench, tables_case(count), Many(count), rest_seconds=_INODES_SECONDS)
 
 
-def _against_zstd(bench: Bench, case: str, asked: Database) -> None:
+def _against_zstd(bench: Bench, case: str, asked: Database, rest_seconds: float) -> None:
     with bench.cluster(asked) as (cluster, before), bench.place() as place:
         subject = database_subject(cluster, asked, before)
         peers = [one for one in dump_peers(place, cluster, before) if one.name == DIRECTORY_ZSTD]
-        bench.compete(case, [ours(bench, OURS, subject, None), *peers], partial(bench.settled, cluster))
+        bench.compete(
+            case,
+            [ours(bench, OURS, subject, None), *peers],
+            partial(bench.settled, cluster),
+            rest_before_restore_seconds=rest_seconds,
+        )
 
 
 def jobs(bench: Bench) -> None:

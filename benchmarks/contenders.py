@@ -37,6 +37,9 @@ class Contender(Protocol):
     def stored_bytes(self) -> int:
         """What the backup takes where it lies."""
 
+    def prepare_restore(self) -> None:
+        """Make the place into which it is brought back."""
+
     def restore(self) -> Usage:
         """Bring the backup back."""
 
@@ -130,9 +133,12 @@ class ShellPeer:
         """See `Contender`."""
         return size_bytes(self.output) if self.output is not None else (self.bucket or self.place.bucket).size_bytes()
 
-    def restore(self) -> Usage:
+    def prepare_restore(self) -> None:
         """See `Contender`."""
         self.before_restore()
+
+    def restore(self) -> Usage:
+        """See `Contender`."""
         return measured(self.restore_command, self.meter, self.place.environment, self.place.log, self.allowed)
 
     def verify(self) -> None:

@@ -283,10 +283,13 @@ class Ours:
         """The set's objects."""
         return self.stored()
 
-    def restore(self) -> Usage:
-        """Into the live names, by staging and switch."""
+    def prepare_restore(self) -> None:
+        """Damage what lives, or lose it."""
         self.damaged = True
         self.damage()
+
+    def restore(self) -> Usage:
+        """Into the live names, by staging and switch."""
         return self._running().operate("restore", self.timestamp, self.meter)[1]
 
     def verify(self) -> None:
@@ -295,11 +298,13 @@ class Ours:
         self.damaged = False
 
     def forget(self) -> None:
-        """Delete the set."""
-        self.clean()
-        if self.damaged:
-            self.repair()
-            self.damaged = False
+        """Delete the set, and make the data anew where a restore did not bring them back: others need them."""
+        try:
+            self.clean()
+        finally:
+            if self.damaged:
+                self.repair()
+                self.damaged = False
 
     def _running(self) -> Service:
         if self.service is None:

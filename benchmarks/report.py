@@ -57,17 +57,20 @@ def _lines(results: Results) -> Iterator[str]:
 _HOW = [
     (
         "In each round every contender has its turn, in rotated order: checkpoint, sync, backup, checkpoint, sync, restore,"
-        " comparison of what came back (every row or file by hash). A time of ours is that of Prefect's flow run, from Running to"
-        " its end, by the API of the service; a peer's is that of its command. CPU: of the client's processes, of the PostgreSQL"
-        " server (log archiver included), and of others: the S3 server, and our standing service. Memory is the peak of the"
-        " client's process tree (PSS); of ours, that of the flow run's process and its children. Ours uses the first fitting"
-        " `pg_dump` that it finds, the server's own version; its restores include ANALYZE and the switch. Of everybody a database"
-        " is restored where there is none; ours once more over the living one, with its removal. What is read, the backup"
-        " included, lies in the page cache before, unless it is emptied. Ours and pg_dump sync what they write; `tar | zstd` does"
-        " not. Physical peers copy the whole cluster, indexes included. What S3 is: SeaweedFS by plain http, with TLS for"
-        " pgBackRest, which speaks nothing else. Our service runs in its own turns only, each time started anew on an empty home."
-        " The limits are measured in each round; of every piece the median counts. Before each turn with the small files the"
-        " machine rests for 61 s: for so long after files were deleted ext4 without a journal is slow to make others, by whomever."
+        " comparison of what came back (every row or file by hash); a backup counts where that found no difference. A time of"
+        " ours is that of Prefect's flow run, from Running to its end, by the API of the service; a peer's is that of its"
+        " command. CPU: of the client's processes, of the PostgreSQL server (log archiver included), and of others: the S3"
+        " server, and our standing service. Memory is the peak of the client's process tree (PSS); of ours, that of the flow"
+        " run's process and its children. Ours uses the first fitting `pg_dump` that it finds, the server's own version; its"
+        " restores include making the database, ANALYZE and the switch. The peers' database is restored into an empty one that"
+        " was made before; ours where there is none, and once more over the living one, which it then removes. A volume of"
+        " ours always is restored over the living one, which it then removes; the peers' into an empty folder. What is read,"
+        " the backup included, lies in the page cache before, unless it is emptied. Backups of ours and of pg_dump are synced,"
+        " and restores of ours; those of `tar | zstd` are not. Physical peers copy the whole cluster, indexes included. What"
+        " S3 is: SeaweedFS by plain http, with TLS for pgBackRest, which speaks nothing else. Our service runs in its own"
+        " turns only, each time started anew on an empty home. The limits are measured in each round; of every piece the"
+        " median counts. Before each turn with the small files, and each restore of many tables, the machine rests for 61 s:"
+        " for so long after files were deleted ext4 without a journal is slow to make others, by whomever."
     )
 ]
 

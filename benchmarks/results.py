@@ -101,9 +101,10 @@ class Results:
         half.replace(self.path)
 
     def of(self, case: str, contender: str, verb: Verb) -> list[Run]:
-        """The runs that count."""
-        asked = (case, contender, verb)
-        return [one for one in self.runs if (one.case, one.contender, one.verb) == asked and one.usage is not None]
+        """The runs that count: of rounds in which what came back was what was backed up."""
+        found = [one for one in self.runs if (one.case, one.contender) == (case, contender) and one.usage is not None]
+        proven = {one.round for one in found if one.verb == "restore"}
+        return [one for one in found if one.verb == verb and one.round in proven]
 
     def median(self, case: str, contender: str, verb: Verb, what: Callable[[Usage], float]) -> float | None:
         """The median of one figure; None where nothing was measured."""

@@ -29,7 +29,7 @@ class Against:
 TARGETS = (
     Against(DATABASES, "backup", OURS, DIRECTORY_ZSTD, 1.0),
     Against(DATABASES, "backup", OURS_S3, PIPELINE, 0.75),
-    Against(DATABASES, "backup", OURS_S3, PGBACKREST, 1.0),
+    Against(DATABASES, "backup", OURS, PGBACKREST, 1.0),
     Against(DATABASES, "backup", OURS_S3, PGBACKREST_S3, 1.0),
     Against(DATABASES, "backup", OURS_S3, CUSTOM, 0.3),
     Against(DATABASES, "restore", OURS, DIRECTORY_ZSTD, 0.8),
