@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -101,14 +101,15 @@ class Child:
         """The child's process id, which is also that of its group."""
         return self._process.pid
 
-    def wait(self, operation: Operation) -> Ended:
-        """Wait for the end and return it; raises as `Operation.check` (leaving the block then ends the child)."""
+    def wait(self, operation: Operation, check: Callable[[], None] = lambda: None) -> Ended:
+        """Wait for the end and return it; raises as `Operation.check` or ``check`` (leaving the block then ends the child)."""
         while True:
             try:
                 exit_code = self._process.wait(LOOK_SECONDS)
                 break
             except subprocess.TimeoutExpired:
                 operation.check()
+                check()
         self._stderr_reader.join(_GRACE_SECONDS)
         return Ended(self._program, exit_code, tuple(self._lines))
 

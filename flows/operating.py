@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -73,6 +73,8 @@ class Working:
     """Of a backup: the cut that the flow holds while its tasks read."""
     staged: dict[str, StagedDatabase] = field(default_factory=dict)
     """Of a restore: the staged databases by component, which their switches address."""
+    notes: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Of a restore: what of each component did not come back as it was, in words."""
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each component took, by name."""
 

@@ -81,7 +81,7 @@ def restore(request: RestoreRequest) -> State[Any]:
         return ended(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
     message = f"{working.set_id}: restored {' '.join(switched) or 'nothing'}"
     message += f"; left alone: {' '.join(left_alone)}" if left_alone else ""
-    return Completed(message="; ".join([message, *omissions(chosen)]))
+    return Completed(message="; ".join([message, *omissions(chosen), *notes(working)]))
 
 
 def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tuple[list[Component], list[Fault]]:
@@ -147,7 +147,10 @@ def stage(name: str) -> None:
         component = component_of(name, working)
         if component.kind == "volume":
             place = volume_of(name, working.settings).directory
-            stage_volume(component, working.store, place, restore_id(working), working.operation, crew=working.crew)
+            restored = stage_volume(
+                component, working.store, place, restore_id(working), working.operation, crew=working.crew
+            )
+            working.notes[name] = [f"could not be set here: {loss}" for loss in restored.losses]
             return
         target = database_of(name, working.settings)
         try:
@@ -160,6 +163,7 @@ def stage(name: str) -> None:
                 crew=working.crew,
                 client_directories=working.settings.athena_pg_bin,
             )
+            working.notes[name] = working.staged[name].notes
         except BaseException:
             with contextlib.suppress(AthenaError):
                 discard_staging(target, restore_id(working))
@@ -299,4 +303,9 @@ def report(
             f"| {component.name} | {component.kind} | {component.raw_size_bytes} | {seconds:.1f} | {outcome} |"
         )
     lines += [f"| {name} | | | | not in the set, left alone |" for name in left_alone]
-    return "\n".join([*lines, "", *(f"- {omission}" for omission in omissions(chosen))])
+    return "\n".join([*lines, "", *(f"- {note}" for note in [*omissions(chosen), *notes(working)])])
+
+
+def notes(working: Working) -> list[str]:
+    """What did not come back as it was although the restore succeeded, with the components' names."""
+    return [f"{name}: {note}" for name, found in working.notes.items() for note in found]

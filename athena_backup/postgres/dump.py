@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +23,7 @@ from athena_backup.crew import Crew, Turn, Unit
 from athena_backup.errors import AthenaError, FinalError, PassingError
 from athena_backup.manifest import Component, Part, Stream, TableCount, component_folder
 from athena_backup.names import SetId, new_attempt
-from athena_backup.operation import Operation
+from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.bulk import BULK_BYTES, BulkTable, TableRange, bulk_tables, range_size
@@ -241,10 +242,17 @@ class _Dump:
         seen_bytes = 0
         with running(command, operation, environment=environment, writes=True) as child:
             descriptor = child.stdout.fileno()
-            while chunk := os.read(descriptor, _CHUNK_BYTES):
+            while True:
+                # Also while it says nothing, as where it waits for a server: what it reads may be lost by then.
+                is_ready, _, _ = select.select([descriptor], [], [], LOOK_SECONDS)
                 operation.check()
                 self._held.check()
                 turn.check()
+                if not is_ready:
+                    continue
+                chunk = os.read(descriptor, _CHUNK_BYTES)
+                if not chunk:
+                    break
                 if seen_bytes == 0 and not chunk.startswith(_MAGIC):
                     raise FinalError("pg_dump wrote something that is no dump", step="dumping")
                 seen_bytes += len(chunk)

@@ -118,7 +118,7 @@ class Loading:
         """One run of pg_restore, of the archive or of the stream that is fed to it: all of it, or some ``entries``.
 
         ``workers``: how many the server may take to help each of its sessions with an index; None: what it is set to.
-        ``turn`` stops the feeding when another stream of the component has failed.
+        ``turn`` stops it when another unit of the component has failed.
         """
         command = [str(self.client), "--no-password", f"--dbname={child_connection(self.staging.database)}"]
         sets_unknown = self.server < _TRANSACTION_TIMEOUT_SINCE <= client_version(self.client)
@@ -140,7 +140,7 @@ class Loading:
             )
             if feed is not None:
                 feeding = _Feeding(child.stdin, self.component.name, feed, self.store, self.operation, turn)
-            ended = child.wait(self.operation)
+            ended = child.wait(self.operation, turn.check if turn is not None else lambda: None)
             if feeding is not None:
                 # The pipe's read end is gone with the child, so a feeder that still writes gets EPIPE and ends.
                 feeding.join()

@@ -181,7 +181,7 @@ class Plan:
             workers = self._workers.beside(turn.others + sessions - 1)
             for left in reversed(range(_TRIES if len(lines) == 1 else 1)):
                 try:
-                    self._loading.restore(self._archive, entries=lines, jobs=sessions, workers=workers)
+                    self._loading.restore(self._archive, entries=lines, jobs=sessions, workers=workers, turn=turn)
                     return
                 except PassingError:
                     # An index by which its table is clustered, or that is its replica identity, takes a second, stronger lock

@@ -57,6 +57,8 @@ class StagedDatabase:
 
     name: str
     oid: int
+    notes: tuple[str, ...] = ()
+    """What did not come back as it was, in words: somebody has to see to it by hand."""
 
 
 def facts_of(component: Component) -> DatabaseFacts:
@@ -170,7 +172,9 @@ def stage_database(
     with session(staging_url) as inside, cancelled_with(inside, operation):
         _prove(inside, facts, component)
         dress(inside, name, facts)
-    return StagedDatabase(name, oid)
+        disabled = subscriptions_of(inside, name)
+    notes = [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]
+    return StagedDatabase(name, oid, tuple(notes))
 
 
 def restoring_client(facts: DatabaseFacts, server: int, directories: Sequence[Path]) -> Path:

@@ -60,6 +60,26 @@ def test_a_table_that_row_level_security_hides_from_nobody_is_in_the_set(
         assert connection.execute(text("SELECT count(*) FROM public.secret")).scalar_one() == 10
 
 
+def test_a_restore_names_what_came_back_disabled(service: Service, postgres: EmbeddedServer) -> None:
+    def drop() -> None:
+        with session(postgres.url("truth_asp")) as connection:
+            run_sql(connection, "ALTER SUBSCRIPTION far SET (slot_name = NONE)")
+            run_sql(connection, "DROP SUBSCRIPTION far")
+
+    with session(postgres.url("truth_asp")) as connection:
+        run_sql(connection, "CREATE SUBSCRIPTION far CONNECTION 'host=nowhere' PUBLICATION p WITH (connect = false)")
+    timestamp, _ = service.back_up()
+    drop()
+    assert service.restore(timestamp, enableReportGeneration=True) == "Success"
+    asked = {"flow_runs": {"tags": {"all_": [f"timestamp:{timestamp}"]}}, "flows": {"name": {"any_": ["restore"]}}}
+    [run] = service.prefect("POST", "/flow_runs/filter", asked)
+    note = "asp: subscription far is disabled: enable it where it is to be used here"
+    assert note in run["state"]["message"]
+    reports = service.prefect("POST", "/artifacts/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    assert any(note in str(report["data"]) for report in reports)
+    drop()
+
+
 def test_a_restore_that_finds_a_fault_beforehand_touches_nothing(service: Service) -> None:
     timestamp, _ = service.back_up()
     file = volume(service, "gitserver") / "folder" / "file"

@@ -249,6 +249,31 @@ def test_a_holder_lost_half_way_fails_the_dump(
     assert list(local_store.entries("")) == []
 
 
+def test_a_holder_lost_while_pg_dump_says_nothing_fails_the_dump_at_once(
+    postgres: EmbeddedServer, database: Database, local_store: LocalStore, tmp_path: Path
+) -> None:
+    """As it does while it waits for a server; this one waits for ever."""
+    silent, begun = tmp_path / "bin" / "pg_dump", tmp_path / "begun"
+    silent.parent.mkdir()
+    silent.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec {binaries() / "pg_dump"} "$@"\ntouch {begun}\nexec sleep 600\n'
+    )
+    silent.chmod(0o755)
+    (silent.parent / "pg_restore").symlink_to(binaries() / "pg_restore")
+    with hold_cut([database], Operation()) as cut, connected(postgres, "postgres") as admin:
+
+        def terminate() -> None:
+            while not begun.exists():
+                time.sleep(0.01)
+            admin.execute("SELECT pg_terminate_backend(%s, 5000)", (cut.of(database.name).locks_pid,))
+
+        terminating = threading.Thread(target=terminate)
+        terminating.start()
+        with pytest.raises(FinalError, match="held the snapshot was lost"):
+            back_up(database, local_store, cut, first=silent.parent, operation=Operation.lasting(60))
+        terminating.join()
+
+
 def test_rows_that_row_level_security_hides_are_an_error_and_never_missing(
     postgres: EmbeddedServer, owner: Database, local_store: LocalStore
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_subscription_comes_back_disabled_and_does_not_keep_its_staging_from_b
     staged = stage(component, database, local_store)
     inside = Database("inside", database.url.set(database=staged.name))
     assert rows(inside, "SELECT subname, subenabled, subslotname FROM pg_subscription") == [("far", False, "far")]
+    assert staged.notes == ("subscription far is disabled: enable it where it is to be used here",)
     assert discard_staging(database, RESTORE) == [staged.name]
 
 

@@ -130,3 +130,15 @@ def test_of_what_a_child_said_only_its_own_lines_are_repeated() -> None:
         "pg_restore ended with exit code 1: pg_restore: from TOC entry 7; 6100 16401 SUBSCRIPTION s postgres"
         " | pg_restore: error: could not execute query: ERROR:  permission denied to create subscription"
     )
+
+
+def test_who_waits_for_a_child_stops_when_he_is_told_to() -> None:
+    def check() -> None:
+        raise FinalError("another part failed")
+
+    with (
+        pytest.raises(FinalError, match="another part failed"),
+        running(python("import time; time.sleep(600)"), Operation(), environment=ENVIRONMENT) as child,
+    ):
+        child.wait(Operation(), check)
+    assert not is_alive(child.pid)
