@@ -68,6 +68,10 @@ class Ended:
         # PostgreSQL's programs begin their own lines so; what follows one is the row or the statement that failed, and these hold
         # data and passwords (CREATE SUBSCRIPTION, CREATE USER MAPPING).
         own = [line for line in self.stderr if line.startswith(f"{self.program}: ")]
+        if not own and len(self.stderr) < STDERR_LIMIT_LINES:
+            own = [
+                line for line in self.stderr if line
+            ]  # of a wrapper or the loader: nothing of the program's came before them
         said = " | ".join(own[-5:])
         return f"{self.program} {ending}" + (f": {said}" if said else "")
 

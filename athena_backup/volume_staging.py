@@ -122,7 +122,7 @@ def _remove_folder(root: int, name: bytes) -> None:
     try:
         os.rmdir(name, dir_fd=root)
     except PermissionError:
-        # The set's root is one that not even its owner may write to, and by now so is this.
+        # The set's root is one that not even its owner may write to, and by now so is this. A kill in between leaves it writable.
         mode = stat.S_IMODE(os.fstat(root).st_mode)
         os.fchmod(root, mode | stat.S_IWUSR)
         try:

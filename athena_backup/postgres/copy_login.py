@@ -29,8 +29,6 @@ _SHARED_PARAMETERS = frozenset(
         "target_session_attrs",
     }
 )
-
-
 # What libpq takes from the environment and asyncpg does not (libpq, 34.15).
 _UNKNOWN_VARIABLES = frozenset(
     {"PGCHANNELBINDING", "PGREQUIREAUTH", "PGREQUIREPEER", "PGSSLCERTMODE", "PGSSLCRLDIR", "PGSSLNEGOTIATION"}

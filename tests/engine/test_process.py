@@ -11,7 +11,7 @@ import pytest
 
 from athena_backup.errors import CancelledError, FinalError
 from athena_backup.operation import Operation
-from athena_backup.process import Ended, die_with_parent, running
+from athena_backup.process import STDERR_LIMIT_LINES, Ended, die_with_parent, running
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -36,7 +36,7 @@ def await_death(pid: int) -> None:
 
 def test_output_exit_code_and_the_end_of_stderr_are_seen() -> None:
     with running(
-        python("import sys; print('out'); sys.exit('python: broken: because')"),
+        python("import sys; print('out'); sys.exit('broken: because')"),
         Operation(),
         environment=ENVIRONMENT,
         writes=True,
@@ -44,7 +44,7 @@ def test_output_exit_code_and_the_end_of_stderr_are_seen() -> None:
         assert child.stdout.read() == b"out\n"
         ended = child.wait(Operation())
     assert ended.exit_code == 1
-    assert "exit code 1: python: broken: because" in ended.how()
+    assert "exit code 1: broken: because" in ended.how()
 
 
 def test_a_signal_that_killed_the_child_is_named() -> None:
@@ -130,6 +130,11 @@ def test_of_what_a_child_said_only_its_own_lines_are_repeated() -> None:
         "pg_restore ended with exit code 1: pg_restore: from TOC entry 7; 6100 16401 SUBSCRIPTION s postgres"
         " | pg_restore: error: could not execute query: ERROR:  permission denied to create subscription"
     )
+
+
+def test_of_a_statement_so_long_that_its_beginning_is_forgotten_nothing_is_repeated() -> None:
+    said = tuple(f"password=hunter{number}" for number in range(STDERR_LIMIT_LINES))
+    assert Ended("pg_restore", 1, said).how() == "pg_restore ended with exit code 1"
 
 
 def test_who_waits_for_a_child_stops_when_he_is_told_to() -> None:
