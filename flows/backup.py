@@ -107,6 +107,7 @@ def back_up_database(name: str) -> None:
                 str(working.run_id),
                 working.operation,
                 crew=working.crew,
+                places=working.places,
                 client_directories=working.settings.athena_pg_bin,
             )
             put_component(working.store, working.set_id, component)

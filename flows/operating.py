@@ -35,6 +35,7 @@ from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, Fault, FinalError, fault_of
 from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.operation import Operation
+from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.staging import StagedDatabase
 from athena_backup.process import give_memory_back
@@ -66,6 +67,7 @@ class Working:
     run_id: UUID
     set_id: SetId
     crew: Crew
+    places: CopyPlaces[Any]
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     faults: dict[str, Fault] = field(default_factory=dict)
     """The last fault of each component; a later success takes it away."""
@@ -139,7 +141,8 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
             raise
     progress = ProgressArtifact(operation, run.id)
     with held(lease, operation, run_id=run.id, every_look=progress.publish), _signals(operation):
-        working = Working(settings, store, operation, run.id, set_id, Crew(settings.athena_jobs))
+        jobs = settings.athena_jobs
+        working = Working(settings, store, operation, run.id, set_id, Crew(jobs), CopyPlaces(jobs))
         token = WORKING.set(working)
         # What was imported and made so far is kept until this process ends: looked through again and again for garbage, it
         # took a fortieth of a backup's processor time.

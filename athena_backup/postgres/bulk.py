@@ -9,9 +9,10 @@ from typing import Literal
 from sqlalchemy import text
 
 from athena_backup.manifest import Stream, TableData
+from athena_backup.postgres.bulk_keys import Key, keys_of
 from athena_backup.postgres.held import Held
 from athena_backup.postgres.order import order_dependent_tables, rerouted_partitions
-from athena_backup.postgres.sessions import driver_of, quoted
+from athena_backup.postgres.sessions import ascii_quoted, driver_of, quoted
 
 BULK_BYTES = 16 << 20
 """Tables from this size on are taken out of the dump, which one process reads and one loads."""
@@ -97,7 +98,10 @@ class BulkTable:
     blocks: int
     """Of the table's own file, without what is stored out of line."""
     size_bytes: int
-    can_be_split: bool
+    has_ctid_scan: bool
+    """Whether a range of its blocks can be read without the others."""
+    key: Key | None = None
+    """Of a table without ctid scans: what it can be split by instead, if anything."""
 
     @property
     def format(self) -> Literal["binary", "text"]:
@@ -112,7 +116,7 @@ class BulkTable:
     @property
     def ascii_name(self) -> str:
         """The name for a session whose driver writes its SQL in UTF-8, whatever its client_encoding is."""
-        return f"{_ascii_quoted(self.schema_name)}.{_ascii_quoted(self.name)}"
+        return f"{ascii_quoted(self.schema_name)}.{ascii_quoted(self.name)}"
 
     @property
     def is_ascii(self) -> bool:
@@ -122,27 +126,41 @@ class BulkTable:
     def ranges(self, range_bytes: int | None) -> list["TableRange"]:
         """The pieces of about ``range_bytes`` in which it is read, or, for None, the one.
 
-        Together they have every block that it has or may yet get.
+        Together they have every row that it has or may yet get.
         """
-        count = 1
-        if self.can_be_split and range_bytes is not None:
-            count = min(-(-self.size_bytes // range_bytes), self.blocks, _RANGES_LIMIT)
-        bounds = [number * self.blocks // max(count, 1) for number in range(1, count)]
+        count = 1 if range_bytes is None else min(-(-self.size_bytes // range_bytes), _RANGES_LIMIT)
+        conditions: Sequence[str | None] = [None]
+        if self.has_ctid_scan:
+            conditions = self._block_ranges(min(count, self.blocks))
+        elif self.key is not None and count > 1:
+            conditions = self.key.ranges(count)
+        size_bytes = self.size_bytes // len(conditions)
+        return [TableRange(self, number, one, size_bytes) for number, one in enumerate(conditions)]
+
+    def _block_ranges(self, count: int) -> list[str | None]:
+        bounds = [number * self.blocks // count for number in range(1, count)]
         return [
-            TableRange(self, number, first, last, self.size_bytes // max(count, 1))
-            for number, (first, last) in enumerate(zip([None, *bounds], [*bounds, None], strict=True))
+            " AND ".join(
+                [f"ctid >= '({first},0)'"] * (first is not None) + [f"ctid < '({last},0)'"] * (last is not None)
+            )
+            or None
+            for first, last in zip([None, *bounds], [*bounds, None], strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class TableRange:
-    """The blocks of a table from ``first`` up to, and without, ``last``; None: no bound on that side."""
+    """The rows of a table that meet a condition in SQL; None: all."""
 
     table: BulkTable
     number: int
-    first: int | None
-    last: int | None
+    condition: str | None
     size_bytes: int
+
+    @property
+    def by_key(self) -> bool:
+        """Whether an index has to find its rows: without, each range would be a scan of the whole table."""
+        return self.condition is not None and not self.table.has_ctid_scan
 
     @property
     def stream_name(self) -> str:
@@ -152,12 +170,10 @@ class TableRange:
     @property
     def query(self) -> str | None:
         """What selects its rows; None where it is the whole table, which COPY reads cheaper as such."""
-        table, columns = self.table, ", ".join(map(_ascii_quoted, self.table.columns))
-        if self.first is None and self.last is None and table.is_ascii:
+        table, columns = self.table, ", ".join(map(ascii_quoted, self.table.columns))
+        if self.condition is None and table.is_ascii:
             return None
-        bounds = [f"ctid >= '({self.first},0)'"] if self.first is not None else []
-        bounds += [f"ctid < '({self.last},0)'"] if self.last is not None else []
-        where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
+        where = f" WHERE {self.condition}" if self.condition is not None else ""
         return f"SELECT {columns} FROM ONLY {table.ascii_name}{where}"  # noqa: S608 - quoted
 
     def data(self, rows: int) -> TableData:
@@ -196,6 +212,11 @@ def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES)
             "binary": list(_BINARY_TYPES),
         }
         rows = held.locks.execute(_TABLES, parameters).all()
+        splitting = {row.oid: row.is_heap and held.identity.version >= _CTID_SCAN_SINCE for row in rows}
+        keys = keys_of(held, [oid for oid, has_ctid_scan in splitting.items() if not has_ctid_scan])
+    encoding = driver_of(held.reader).info.parameter_status("server_encoding")
+    can_be_named = held.identity.version >= _ESCAPES_SINCE and encoding not in ("SQL_ASCII", "EUC_TW")
+    keys = {oid: key for oid, key in keys.items() if can_be_named or key.column.isascii()}
     found = [
         BulkTable(
             row.oid,
@@ -205,13 +226,12 @@ def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES)
             row.is_binary,
             row.blocks,
             row.size_bytes,
-            row.is_heap and held.identity.version >= _CTID_SCAN_SINCE,
+            splitting[row.oid],
+            None if row.oid in held.defective else keys.get(row.oid),
         )
         for row in rows
         if row.columns
     ]
-    encoding = driver_of(held.reader).info.parameter_status("server_encoding")
-    can_be_named = held.identity.version >= _ESCAPES_SINCE and encoding not in ("SQL_ASCII", "EUC_TW")
     named = {table.oid: table for table in found if can_be_named or table.is_ascii}
     last = [named.pop(oid) for oid in dependent if oid in named]
     worth = worth_copying(list(named.values()), all_bytes, bulk_bytes)
@@ -246,14 +266,3 @@ def range_size(size_bytes: int, all_bytes: int, jobs: int, *, is_near: bool) -> 
     own, and what the ranges have must be counted. What is in one piece, one session loads.
     """
     return RANGE_BYTES if size_bytes * jobs > (_NEAR_SHARES_LIMIT if is_near else _SHARES_LIMIT) * all_bytes else None
-
-
-def _ascii_quoted(identifier: str) -> str:
-    """An identifier as ASCII text, with escapes that the server turns into its own encoding (manual, 4.1.2.3)."""
-    if identifier.isascii():
-        return quoted(identifier)
-    escaped = "".join(
-        character if character.isascii() and character != "\\" else f"\\+{ord(character):06X}"
-        for character in identifier
-    )
-    return "U&" + quoted(escaped)

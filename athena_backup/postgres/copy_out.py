@@ -6,7 +6,6 @@ asyncpg hands out COPY's bytes in pieces where libpq hands out rows, so it is th
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -19,12 +18,16 @@ from athena_backup.pipeline import FRAME_BYTES, sliced
 from athena_backup.postgres.bulk import BulkTable, TableRange
 from athena_backup.postgres.copy_login import connect
 from athena_backup.postgres.copy_pieces import Gathered, large_pieces
+from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
 from athena_backup.postgres.sessions import COUNTING_SETTINGS, READING_SETTINGS, client_encoding, translated_state
 
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
 _SETTLING_SECONDS = 5
+# What `COUNTING_SETTINGS` say of scans, turned round, and back.
+_BY_INDEX = "SET enable_indexscan TO on; SET enable_seqscan TO off"
+_BY_TABLE = "SET enable_indexscan TO off; SET enable_seqscan TO on"
 logger = logging.getLogger("athena_backup.postgres")
 
 
@@ -34,42 +37,29 @@ class CopySessions:
     A new session for each would cost a start of a backend, and the server as many first looks at its shared buffers.
     """
 
-    def __init__(self, held: Held, tables: Sequence[BulkTable]) -> None:
+    def __init__(self, held: Held, tables: Sequence[BulkTable], places: CopyPlaces[Any] | None = None) -> None:
         """``tables``: those that are read, of which every session locks the first at its start: DDL that queues for one of
-        them later waits, and does not come between two of its ranges.
+        them later waits, and does not come between two of its ranges. ``places``: those of the operation; none: one.
         """
         self._held = held
         self._tables = tuple(tables[: _LOCKED_LIMIT // 2])
-        self._lock = threading.Lock()
-        self._idle: list[_CopySession] = []
-        self._is_closed = False
+        self._places: CopyPlaces[_CopySession] = places or CopyPlaces(1)
 
     @contextlib.contextmanager
     def one(self, operation: Operation, turn: Turn) -> Iterator["_CopySession"]:
         """A session for one piece of work; it is kept for the next one only where nothing went wrong."""
-        with self._lock:
-            kept = self._idle.pop() if self._idle else None
-        one = kept or _CopySession(self._held, self._tables)
-        one.begin(operation, turn)
+        one = self._places.take(self) or _CopySession(self._held, self._tables)
         is_whole = False
         try:
+            one.begin(operation, turn)
             yield one
             is_whole = True
         finally:
-            with self._lock:
-                is_kept = is_whole and not self._is_closed
-                if is_kept:
-                    self._idle.append(one)
-            if not is_kept:
-                one.close()
+            self._places.give_back(self, one, is_whole=is_whole)
 
     def close(self) -> None:
         """End all sessions; those that are in use end with their work."""
-        with self._lock:
-            self._is_closed = True
-            idle, self._idle = self._idle, []
-        for one in idle:
-            one.close()
+        self._places.close(self)
 
 
 class _CopySession:
@@ -144,7 +134,11 @@ class _CopySession:
                     output=gathered.put,
                 )
             else:
+                if of.by_key:
+                    await self._connection.execute(_BY_INDEX)
                 status = await self._connection.copy_from_query(query, format=table.format, output=gathered.put)
+                if of.by_key:
+                    await self._connection.execute(_BY_TABLE)
         return status
 
     def _started(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":

@@ -31,6 +31,7 @@ from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.copy_login import unreachable
 from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows
+from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import read_facts, table_sizes, translating, with_dump
 from athena_backup.postgres.held import Held
@@ -80,6 +81,7 @@ def write_database(
     operation: Operation,
     *,
     crew: Crew | None = None,
+    places: CopyPlaces[Any] | None = None,
     client_directories: Sequence[Path] = (),
     part_limit_bytes: int = PART_LIMIT_BYTES,
     bulk_bytes: int = BULK_BYTES,
@@ -87,7 +89,8 @@ def write_database(
 ) -> Component:
     """Dump one database of the cut into a new attempt's folder and return its complete `Component`.
 
-    ``crew`` does the work; without one, one unit is done after the other. Tables of ``bulk_bytes`` or more are read by
+    ``crew`` does the work; without one, one unit is done after the other. ``places`` are those of all databases that share its
+    budget of connections. Tables of ``bulk_bytes`` or more are read by
     COPY, in ranges of about ``range_bytes`` or, for None, as `range_size` has it. component.json is the caller's.
 
     Raises the fault that the cut has for it, `FinalError` for a `pg_dump` that ended badly or said something unknown,
@@ -124,6 +127,7 @@ def write_database(
         )
 
     crew = crew or Crew(1)
+    places = places or CopyPlaces(crew.jobs)
     all_bytes = sum(sizes.values())
     small_bytes = sum(size for oid, size in sizes.items() if oid not in bulk_oids)
     with held.locks_lock, translating(held, operation):
@@ -139,7 +143,11 @@ def write_database(
     pieces = [pieces_of(table) for table in bulk]
     ranges = [one for some in pieces for one in some]
     split = [some[0].table for some in pieces if len(some) > 1]
-    sessions = CopySessions(held, [*split, *(table for table in bulk if table not in split)])
+    sessions = CopySessions(held, [*split, *(table for table in bulk if table not in split)], places)
+
+    def dumped(turn: Turn, operation: Operation) -> Iterator[bytes]:
+        with places.one():
+            yield from dump.chunks(turn, operation)
 
     def write_range(of: TableRange, turn: Turn) -> Stream:
         reading = RangeReading(sessions, of, turn)
@@ -150,7 +158,7 @@ def write_database(
         # Before any table that it leaves to COPY: it locks them all, which DDL that comes meanwhile would be in the way of.
         Unit(
             small_bytes + _CATALOGS_BYTES,
-            lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dump.chunks, turn), turn)),
+            lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dumped, turn), turn)),
             rank=_FIRST_RANK if bulk else 0,
         ),
         # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where many rows have to be
@@ -176,12 +184,8 @@ def write_database(
     _check_tables(head.tables(), sizes.keys() - bulk_oids, bulk_oids)
     rows = rows_of(streams)
     for table, count in zip(split, counts, strict=True):
-        if rows[table.schema_name, table.name] != count:
-            raise FinalError(
-                f"the ranges of {table.full_name} have {rows[table.schema_name, table.name]} rows, the table has {count}",
-                next_step="report it, with the server's version",
-                step="copying",
-            )
+        if (copied := rows[table.schema_name, table.name]) != count:
+            raise _missed(held, table, copied, count)
     version = client_version(client)
     return Component(
         name=database.name,
@@ -201,6 +205,16 @@ def write_database(
             [TableCount(schema_name=table[0], name=table[1], rows=count) for table, count in rows.items()],
         ),
     )
+
+
+def _missed(held: Held, table: BulkTable, copied: int, count: int) -> AthenaError:
+    """The error for ranges that have other rows than the table; of a defective index it is told, and the next try does without."""
+    cause = f"the ranges of {table.full_name} have {copied} rows, the table has {count}"
+    if table.has_ctid_scan or table.key is None:
+        return FinalError(cause, next_step="report it, with the server's version", step="copying")
+    held.defective.add(table.oid)
+    logger.warning("%s: an index by %s is defective; the table is read without it", table.full_name, table.key.column)
+    return PassingError(f"{cause}: an index by {table.key.column} is defective", next_step="REINDEX it", step="copying")
 
 
 def _check_tables(dumped: Collection[int], small: Collection[int], bulk: Collection[int]) -> None:

@@ -68,6 +68,8 @@ class Held:
         self.taken_at: datetime | None = None
         self.server: Server | None = None
         self.lost: AthenaError | None = None
+        self.defective: set[int] = set()
+        """OIDs of tables of which an index has been seen to have other rows than the table: none is to be read by it."""
         self.locks_lock = threading.Lock()
         self.reader_lock = threading.Lock()
         """psycopg's sessions are for one thread at a time; whoever reads through S holds this."""

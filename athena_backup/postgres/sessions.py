@@ -335,6 +335,17 @@ def quoted(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+def ascii_quoted(identifier: str) -> str:
+    """An identifier as ASCII text, with escapes that the server turns into its own encoding (manual, 4.1.2.3)."""
+    if identifier.isascii():
+        return quoted(identifier)
+    escaped = "".join(
+        character if character.isascii() and character != "\\" else f"\\+{ord(character):06X}"
+        for character in identifier
+    )
+    return "U&" + quoted(escaped)
+
+
 def run_sql(connection: Connection, sql: str) -> CursorResult[Any]:
     """Run SQL text in which identifiers and constants stand literally, because the statement takes no parameters.
 

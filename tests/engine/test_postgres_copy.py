@@ -1,6 +1,7 @@
 """Bulk tables by COPY: every kind of table and value comes back equal, in ranges or whole, or the backup says why not."""
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -246,19 +247,21 @@ def test_a_database_of_any_encoding_comes_back_byte_by_byte(
             run_sql(connection, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def bulk(blocks: int, size_bytes: int, *, can_be_split: bool = True) -> BulkTable:
-    return BulkTable(1, "s", 't"t', ("a",), True, blocks, size_bytes, can_be_split)
+def bulk(blocks: int, size_bytes: int, *, has_ctid_scan: bool = True) -> BulkTable:
+    return BulkTable(1, "s", 't"t', ("a",), True, blocks, size_bytes, has_ctid_scan)
 
 
 @pytest.mark.parametrize(("blocks", "size_bytes"), [(0, 0), (1, 10), (7, 70), (1000, 8_000_000), (3, 1 << 40)])
 def test_the_ranges_of_a_table_have_every_block_once_and_those_that_come_later(blocks: int, size_bytes: int) -> None:
     ranges = bulk(blocks, size_bytes).ranges(1000)
     assert 1 <= len(ranges) <= max(1, min(blocks, 1000))
-    assert ranges[0].first is None
-    assert ranges[-1].last is None
-    assert [one.last for one in ranges[:-1]] == [one.first for one in ranges[1:]]
-    assert all(one.first is None or one.last is None or one.first < one.last for one in ranges)
-    assert len(bulk(blocks, size_bytes, can_be_split=False).ranges(1000)) == 1
+    bounds = [re.findall(r"ctid (>=|<) '\((\d+),0\)'", one.condition or "") for one in ranges]
+    assert [[sign for sign, _ in some] for some in bounds] == [
+        [">="] * (number > 0) + ["<"] * (number < len(ranges) - 1) for number in range(len(ranges))
+    ]
+    assert [some[-1][1] for some in bounds[:-1]] == [some[0][1] for some in bounds[1:]]
+    assert all(int(some[0][1]) < int(some[1][1]) for some in bounds[1:-1])
+    assert len(bulk(blocks, size_bytes, has_ctid_scan=False).ranges(1000)) == 1
     assert [one.query is None for one in ranges] == [len(ranges) == 1] * len(ranges)
 
 
@@ -531,7 +534,7 @@ def test_rows_that_the_ranges_miss_fail_the_backup(
 
     def short(table: BulkTable, range_bytes: int) -> Sequence[TableRange]:
         found = whole(table, range_bytes)
-        return [*found[:-1], replace(found[-1], last=(found[-1].first or 0) + 1)]
+        return [*found[:-1], replace(found[-1], condition=f"{found[-1].condition} AND i < 200000")]
 
     monkeypatch.setattr(BulkTable, "ranges", short)
     with pytest.raises(FinalError, match=r'the ranges of "public"\."t" have \d+ rows, the table has 200000'):

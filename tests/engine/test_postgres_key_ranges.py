@@ -1,0 +1,190 @@
+"""Tables whose blocks can't be read by themselves are read by ranges of a column, and everybody's connections have one budget.
+
+The access method is heap by another name: of such a one nobody knows whether a range of blocks is cheap, or what a block is.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import pytest
+from round_trip import ALL_BY_COPY, SET, Make, dump, restore, rows
+
+from athena_backup.crew import Crew, Turn
+from athena_backup.errors import PassingError
+from athena_backup.manifest import Component
+from athena_backup.operation import Operation
+from athena_backup.postgres.bulk import bulk_tables
+from athena_backup.postgres.bulk_keys import Key
+from athena_backup.postgres.copy_out import CopySessions
+from athena_backup.postgres.copy_places import CopyPlaces
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.embedded import binaries
+from athena_backup.postgres.sessions import Database, run_sql, session
+from athena_backup.store.local import LocalStore
+
+APART = "CREATE ACCESS METHOD apart TYPE TABLE HANDLER heap_tableam_handler"
+
+
+def streams_of(component: Component, table: str) -> list[int]:
+    return [one.table.rows for one in component.streams if one.table is not None and one.table.name == table]
+
+
+def sql(database: Database, statement: str) -> None:
+    with session(database.url, {"search_path": "public"}) as connection:
+        run_sql(connection, statement)
+
+
+KEYS = {
+    "int2": "(i / 4)::int2",
+    "int4": "i - 9000",
+    "int8": "i * 10000000000",
+    "numeric": "i / 7.0",
+    "uuid": "lpad(to_hex(i), 32, '0')::uuid",
+    "date": "date '2000-01-01' + i",
+    "timestamp": "timestamp '1999-12-31' + i * interval '1 hour'",
+    "timestamptz": "timestamptz '1999-12-31 00:00+05:30' + i * interval '1 hour'",
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_table_without_ctid_scans_is_read_by_ranges_of_a_column_found_by_its_index(
+    make_database: Make, local_store: LocalStore, kind: str
+) -> None:
+    """Rows that came after the statistics lie below the lowest bound, above the highest, and are NULL."""
+    database = make_database(
+        "apart",
+        f'{APART}; CREATE TABLE t ("kéy" {kind}, x text) USING apart; SET TimeZone = \'Asia/Kolkata\'; CREATE INDEX ON t ("kéy");'
+        f"INSERT INTO t SELECT {KEYS[kind]}, md5(i::text) FROM generate_series(1, 20000) i WHERE i % 2 = 0 OR i BETWEEN 6000 AND 15000;"
+        f"DELETE FROM t WHERE ctid < '(9,0)'; INSERT INTO t SELECT NULL, 'none' FROM generate_series(1, 300); ANALYZE t;"
+        f"INSERT INTO t SELECT {KEYS[kind]}, 'outside' FROM (VALUES (-9), (0), (20001)) v (i); INSERT INTO t VALUES (NULL, 'late')",
+    )
+    before = sorted(rows(database, "SELECT t::text FROM public.t"))
+    component = dump(database, local_store, **ALL_BY_COPY)
+    found = streams_of(component, "t")
+    assert len(found) > 4
+    assert found[-1] == 301, "NULLs are a range of their own"
+    assert all(0 < some < len(before) / 3 for some in found)
+    assert sum(found) == len(before)
+    # The DELETE, the look above and the count; a range that was read so would have read the whole table.
+    scans = "SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relname = 't'"
+    awaited(database, scans, (3, len(found)))
+    sql(database, "DROP TABLE t")
+    restore(component, database, local_store)
+    assert sorted(rows(database, "SELECT t::text FROM public.t")) == before
+
+
+def awaited(database: Database, query: str, wanted: tuple[object, ...]) -> None:
+    """The server says what it has counted when a session ends, not at once."""
+    deadline = time.monotonic() + 20
+    while rows(database, query) != [wanted]:
+        assert time.monotonic() < deadline, rows(database, query)
+
+
+NOT_SPLIT = {
+    "no statistics": "CREATE TABLE t (i int PRIMARY KEY, x text) USING apart; INSERT {}",
+    "no index": "CREATE TABLE t (i int, x text) USING apart; INSERT {}; ANALYZE t",
+    "another order": "CREATE TABLE t (i int PRIMARY KEY, x text) USING apart; INSERT {} ORDER BY 2; ANALYZE t",
+    "part of it": "CREATE TABLE t (i int, x text) USING apart; INSERT {}; CREATE INDEX ON t (i) WHERE i > 10; ANALYZE t",
+    "an expression": "CREATE TABLE t (i int, x text) USING apart; INSERT {}; CREATE INDEX ON t ((i + 1)); ANALYZE t",
+    "by hash": "CREATE TABLE t (i int, x text) USING apart; INSERT {}; CREATE INDEX ON t USING hash (i); ANALYZE t",
+    "by a collation": "CREATE TABLE t (i int, x text PRIMARY KEY) USING apart; INSERT {} ORDER BY 2; ANALYZE t",
+    "its own order": "CREATE OPERATOR CLASS backwards FOR TYPE int USING btree AS OPERATOR 1 >, OPERATOR 2 >=, OPERATOR 3 =,"
+    " OPERATOR 4 <=, OPERATOR 5 <, FUNCTION 1 turned(int, int); CREATE TABLE t (i int, x text) USING apart; INSERT {};"
+    " CREATE INDEX ON t (i backwards); ANALYZE t",
+}
+
+
+@pytest.mark.parametrize("why", NOT_SPLIT)
+def test_where_no_index_finds_a_range_without_the_rest_the_table_is_read_in_one_piece(
+    make_database: Make, local_store: LocalStore, why: str
+) -> None:
+    turned = "CREATE FUNCTION turned(int, int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT sign($2 - $1)::int'"
+    insert = "INTO t SELECT i, md5(i::text) FROM generate_series(1, 20000) i"
+    database = make_database("whole", f"{APART}; {turned}; {NOT_SPLIT[why].format(insert)}")
+    assert streams_of(dump(database, local_store, **ALL_BY_COPY), "t") == [20_000]
+
+
+def test_a_key_that_cant_be_null_has_no_range_for_it_and_repeated_bounds_make_no_range_twice() -> None:
+    key = Key("i", ["1", "5", "5", "5", "9"], can_be_null=False)
+    assert key.ranges(100) == ["\"i\" < '5'", "\"i\" >= '5'"]
+    assert key.ranges(2) == ["\"i\" < '5'", "\"i\" >= '5'"]
+    assert Key("i", ["1", "2"], can_be_null=True).ranges(7) == [None]
+    assert Key("i", ["1", "2", "3"], can_be_null=True).ranges(2) == ["\"i\" < '2'", "\"i\" >= '2'", '"i" IS NULL']
+
+
+def test_a_defective_index_is_named_and_the_next_try_reads_the_table_without_it(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    """Rows came while the index took none, as after a change of collations or a lost write."""
+    database = make_database(
+        "defective",
+        f"{APART}; CREATE TABLE t (i int PRIMARY KEY, x text) USING apart;"
+        "INSERT INTO t SELECT i, md5(i::text) FROM generate_series(1, 20000) i; ANALYZE t;"
+        "UPDATE pg_index SET indisready = false WHERE indexrelid = 't_pkey'::regclass",
+    )
+    sql(database, "INSERT INTO t VALUES (20001, 'not in the index')")
+    sql(database, "UPDATE pg_index SET indisready = true WHERE indexrelid = 't_pkey'::regclass")
+    with hold_cut([database], Operation()) as cut:
+
+        def back_up() -> Component:
+            return write_database(
+                *(database, cut, local_store, SET, "run", Operation()),
+                crew=Crew(2),
+                client_directories=[binaries()],
+                **ALL_BY_COPY,
+            )
+
+        with pytest.raises(
+            PassingError, match=r"have 20000 rows, the table has 20001: an index by i is defective"
+        ) as seen:
+            back_up()
+        assert seen.value.next_step == "REINDEX it"
+        assert streams_of(back_up(), "t") == [20_001]
+
+
+def test_sessions_that_wait_for_work_give_their_places_to_other_databases(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    one, other = (make_database(name, "CREATE TABLE t AS SELECT 1 AS i") for name in ("first", "second"))
+    places: CopyPlaces[object] = CopyPlaces(2)  # type: ignore[type-var]
+
+    @contextlib.contextmanager
+    def two_used(sessions: CopySessions) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                stack.enter_context(sessions.one(Operation(), Turn(1, lambda: None)))._enter(table)
+            yield
+
+    def backends(database: Database) -> str:
+        return (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'athena-backup' AND query LIKE 'LOCK TABLE %NOWAIT'"
+            f" AND datname = '{database.database}'"
+        )
+
+    with hold_cut([one, other], Operation()) as cut:
+        table = bulk_tables(cut.of(one.name), bulk_bytes=0)[0]
+        firsts, seconds = (CopySessions(cut.of(name), [], places) for name in (one.name, other.name))  # type: ignore[arg-type]
+        with two_used(firsts):
+            pass
+        awaited(one, backends(one), (2,))
+        write_database(
+            *(cut.held[other.name].database, cut, local_store, SET, "run", Operation()),
+            crew=Crew(2),
+            places=places,
+            client_directories=[binaries()],
+        )
+        awaited(one, backends(one), (1,))  # pg_dump had the other place
+        with two_used(firsts):
+            awaited(one, backends(one), (2,))
+        table = bulk_tables(cut.of(other.name), bulk_bytes=0)[0]
+        with places.one():
+            awaited(one, backends(one), (1,))
+            with seconds.one(Operation(), Turn(1, lambda: None)) as reading:
+                reading._enter(table)
+                awaited(one, backends(one), (0,))
+        awaited(other, backends(other), (1,))
+        firsts.close()
+        seconds.close()
+        awaited(other, backends(other), (0,))
