@@ -20,7 +20,13 @@ from athena_backup.postgres.copy_login import connect
 from athena_backup.postgres.copy_pieces import Gathered, large_pieces
 from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
-from athena_backup.postgres.sessions import COUNTING_SETTINGS, READING_SETTINGS, client_encoding, translated_state
+from athena_backup.postgres.sessions import (
+    COUNTING_SETTINGS,
+    READING_SETTINGS,
+    SET_THOSE_KNOWN,
+    client_encoding,
+    translated_state,
+)
 
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
@@ -185,9 +191,8 @@ class _CopySession:
             "max_parallel_workers_per_gather": "0",
             **COUNTING_SETTINGS,
         }
-        known = "SELECT pg_catalog.set_config(name, $2, false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) $1"
-        for name, value in settings.items():
-            await self._connection.fetch(known, "DateStyle" if name == "datestyle" else name, value)
+        known = SET_THOSE_KNOWN.format("unnest($1::text[], $2::text[]) AS known (name, value)")
+        await self._connection.fetch(known, list(settings), list(settings.values()))
 
     def _import_snapshot(self) -> None:
         """Begin a transaction under the cut's snapshot, without any lock."""

@@ -148,6 +148,7 @@ def write_database(
     def dumped(turn: Turn, operation: Operation) -> Iterator[bytes]:
         with places.one():
             yield from dump.chunks(turn, operation)
+        head.sequences()  # looked up now, while tables are read, not when all have ended
 
     def write_range(of: TableRange, turn: Turn) -> Stream:
         reading = RangeReading(sessions, of, turn)

@@ -266,16 +266,19 @@ def codec(connection: Connection) -> str:
     return driver_of(connection).info.encoding
 
 
+# In one statement: each look into pg_settings takes the server some milliseconds.
+SET_THOSE_KNOWN = (
+    "SELECT pg_catalog.set_config(s.name, known.value, false) FROM pg_catalog.pg_settings s"
+    " JOIN {} ON pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) known.name"
+)
+
+
 def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
     """Set what of ``settings`` this server knows, for the session: transaction_timeout came with 17, for example."""
-    for name, value in settings.items():
-        connection.execute(
-            text(
-                "SELECT pg_catalog.set_config(name, :value, false) FROM pg_catalog.pg_settings "
-                "WHERE name OPERATOR(pg_catalog.=) :name"
-            ),
-            {"name": name if name != "datestyle" else "DateStyle", "value": value},
-        )
+    connection.execute(
+        text(SET_THOSE_KNOWN.format("unnest(CAST(:names AS text[]), CAST(:texts AS text[])) AS known (name, value)")),
+        {"names": list(settings), "texts": list(settings.values())},
+    )
 
 
 @contextlib.contextmanager
