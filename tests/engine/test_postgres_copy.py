@@ -741,7 +741,7 @@ def test_a_table_that_somebody_has_made_and_locked_since_keeps_nobody(
 def test_indexes_that_wait_for_each_others_locks_are_made_again(
     make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deadlock is made up: whether two of a table meet in it is chance."""
+    """The deadlock is made up: whether two of a table meet in it is chance, as they may do here besides."""
     database = make_database(
         "clustered",
         "CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i; ALTER TABLE t ALTER i SET NOT NULL;"
@@ -750,7 +750,7 @@ def test_indexes_that_wait_for_each_others_locks_are_made_again(
     )
     before = stock_dump(database.url, "--schema-only")
     component = dump(database, local_store, **ALL_BY_COPY)
-    real, failures = Loading.restore, [PassingError("deadlock detected"), PassingError("deadlock detected")]
+    real, failures = Loading.restore, [PassingError("deadlock detected")]
 
     def restoring(loading: Loading, archive: str | None = None, **named: Any) -> None:
         if failures and any(b" INDEX " in entry for entry in named["entries"]):
