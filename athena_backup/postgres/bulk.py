@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,8 +75,6 @@ _TABLES = text(
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " LEFT JOIN pg_catalog.pg_am m ON m.oid OPERATOR(pg_catalog.=) c.relam"
     " WHERE c.relkind OPERATOR(pg_catalog.=) 'r' AND c.oid OPERATOR(pg_catalog.=) ANY (CAST(:oids AS oid[]))"
-    " AND (pg_catalog.pg_table_size(c.oid) OPERATOR(pg_catalog.>=) CAST(:bulk AS bigint)"
-    " OR c.oid OPERATOR(pg_catalog.=) ANY (CAST(:dependent AS oid[])))"
     # A standby has nothing of these (manual, 27.4.2).
     " AND NOT (c.relpersistence OPERATOR(pg_catalog.=) 'u' AND pg_catalog.pg_is_in_recovery())"
     " AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid OPERATOR(pg_catalog.=) c.oid"
@@ -193,8 +191,8 @@ def table_oid(stream: Stream) -> int | None:
     return int(found[1]) if found else None
 
 
-def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
-    """The tables of a held database, which holds ``all_bytes``, that are worth a COPY of their own, the biggest first.
+def bulk_tables(held: Held, sizes: Mapping[int, int], *, bulk_bytes: int = BULK_BYTES) -> list[BulkTable]:
+    """The tables of a held database that are worth a COPY of their own, the biggest first; ``sizes``: of all, by OID, in bytes.
 
     Behind them, in the order of their names, stand those that have to be loaded last, however small they are. None where one of
     those can't be copied: pg_dump reads all then, alone and slower, and the log says so. Raises SQLAlchemy's errors.
@@ -204,9 +202,13 @@ def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES)
         rerouted = rerouted_partitions(held.locks)
         locked = {oid for oid, _, _ in held.locked}
         dependent = [oid for oid in order_dependent_tables(held.locks) if oid in locked]
+        last_oids, smallest_bytes = set(dependent), min(bulk_bytes, _SMALLEST_BYTES)
         parameters = {
-            "oids": [oid for oid in locked if oid not in rerouted],
-            "bulk": min(bulk_bytes, _SMALLEST_BYTES),
+            "oids": [
+                oid
+                for oid in locked
+                if oid not in rerouted and (oid in last_oids or sizes.get(oid, 0) >= smallest_bytes)
+            ],
             "dependent": dependent,
             "limit": _TABLES_LIMIT,
             "binary": list(_BINARY_TYPES),
@@ -234,7 +236,7 @@ def bulk_tables(held: Held, *, all_bytes: int = 0, bulk_bytes: int = BULK_BYTES)
     ]
     named = {table.oid: table for table in found if can_be_named or table.is_ascii}
     last = [named.pop(oid) for oid in dependent if oid in named]
-    worth = worth_copying(list(named.values()), all_bytes, bulk_bytes)
+    worth = worth_copying(list(named.values()), sum(sizes.values()), bulk_bytes)
     if not worth:
         return []  # where pg_dump writes all others, it knows best in which order
     if len(last) < len(dependent):

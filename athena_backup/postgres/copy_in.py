@@ -15,7 +15,8 @@ from athena_backup.postgres.sessions import Database, cancelled_with, driver_of,
 from athena_backup.store import Store
 
 _PIECE_BYTES = 256 << 10
-_LOADING_SETTINGS = {"synchronous_commit": "off"}
+LOADING_SETTINGS = {"synchronous_commit": "off"}
+"""What a staged database is filled with need not be on the disk before the switch, whose own commit writes all that came before it."""
 
 
 def load_ranges(
@@ -34,7 +35,7 @@ def load_ranges(
     time when somebody first reads them (COPY, FREEZE). Raises `DamagedError` for other bytes or another number of rows than the
     manifest promises, and the driver's errors translated.
     """
-    with session(target.url, _LOADING_SETTINGS) as connection, cancelled_with(connection, operation):
+    with session(target.url, LOADING_SETTINGS) as connection, cancelled_with(connection, operation):
         run_sql(connection, "BEGIN")
         for number, stream in enumerate(streams):
             data = stream.table

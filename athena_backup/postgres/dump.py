@@ -33,7 +33,7 @@ from athena_backup.postgres.copy_login import unreachable
 from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows
 from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.cut import Cut
-from athena_backup.postgres.facts import read_facts, table_sizes, translating, with_dump
+from athena_backup.postgres.facts import read_facts, tables_with_rows, translating, with_dump
 from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import (
     Database,
@@ -103,14 +103,15 @@ def write_database(
     client = find_client("pg_dump", held.identity.version, client_directories)
     lister = find_client("pg_restore", client_version(client), [client.parent])
     head = ArchiveHead(lister, codec(held.reader), operation)
-    sizes = table_sizes(held, operation)
+    tables = tables_with_rows(held, operation)
+    sizes = {table.oid: table.size_bytes for table in tables}
     operation.expect(database.name, sum(sizes.values()))
     bulk: list[BulkTable] = []
     if reason := unreachable(database.url):
         logger.warning("%s is read by pg_dump alone, not by parallel COPY: %s", database.name, reason)
     else:
         with translating(held, operation):
-            bulk = bulk_tables(held, all_bytes=sum(sizes.values()), bulk_bytes=bulk_bytes)
+            bulk = bulk_tables(held, sizes, bulk_bytes=bulk_bytes)
     bulk_oids = {table.oid for table in bulk}
     dump = _Dump(held, client, head, bulk)
 
@@ -166,7 +167,7 @@ def write_database(
         # counted it needs a slot, the first.
         Unit(
             small_bytes + 2 * _CATALOGS_BYTES,
-            lambda _: read_facts(held, operation, uncounted=bulk_oids),
+            lambda _: read_facts(held, operation, [table for table in tables if table.oid not in bulk_oids]),
             rank=_FIRST_RANK,
             needs_slot=not bulk or small_bytes > _LIGHT_BYTES,
         ),

@@ -5,11 +5,11 @@ read every catalog that is asked here.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import sqlalchemy
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
@@ -18,7 +18,7 @@ from athena_backup.postgres.sessions import COUNTING_SETTINGS, cancelled_with, q
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.
-_COUNTED_TABLES = text(
+_TABLES = text(
     "SELECT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name,"
     # Of another table it would wait for whoever has it locked, with every other table locked by us.
     " CASE WHEN c.oid::bigint OPERATOR(pg_catalog.=) ANY (:locked) THEN pg_catalog.pg_table_size(c.oid)::bigint END AS size_bytes"
@@ -74,13 +74,24 @@ _ROLES = text(
 )
 
 
-def read_facts(held: Held, operation: Operation, *, uncounted: Collection[int] = ()) -> DatabaseFacts:
+@dataclass(frozen=True)
+class TableSize:
+    """A table whose rows have to be in the backup."""
+
+    oid: int
+    schema_name: str
+    name: str
+    size_bytes: int
+    """Without its indexes."""
+
+
+def read_facts(held: Held, operation: Operation, counted: Sequence[TableSize]) -> DatabaseFacts:
     """All facts but the dump's own (its warnings, ``sequences``, ``dump_version``), under the snapshot of the cut.
 
-    The rows of tables whose OIDs are in ``uncounted`` are left for `with_dump` to tell. Raises the driver's errors
+    Rows are counted of the tables in ``counted``; those of others are left for `with_dump` to tell. Raises the driver's errors
     translated; a table hidden by row-level security is an error, never a lower count.
     """
-    counts = _count_rows(held, operation, uncounted)
+    counts = _count_rows(held, operation, counted)
     with translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
         reader = held.reader
         database = _database_row(reader, held.identity.version)
@@ -119,18 +130,14 @@ def translating(held: Held, operation: Operation) -> Iterator[None]:
         raise translated(error) from error
 
 
-def table_sizes(held: Held, operation: Operation) -> dict[int, int]:
-    """What every table whose rows have to be in the backup takes in bytes, without its indexes, by OID."""
-    return {row.oid: row.size_bytes or 0 for row in _counted_tables(held, operation)}
-
-
-def _counted_tables(held: Held, operation: Operation) -> Sequence[Row[Any]]:
+def tables_with_rows(held: Held, operation: Operation) -> list[TableSize]:
+    """Every table whose rows have to be in the backup, by name."""
     # L holds the locks that looking at sizes takes; S would have to wait behind DDL that waits for L.
     # L sees what is made after the cut too; S, like every reader of the snapshot, only what L has locked.
     locked = {oid for oid, _, _ in held.locked}
     with translating(held, operation), held.locks_lock, cancelled_with(held.locks, operation):
-        rows = held.locks.execute(_COUNTED_TABLES, {"locked": list(locked)}).all()
-    return [row for row in rows if row.oid in locked]
+        rows = held.locks.execute(_TABLES, {"locked": list(locked)}).all()
+    return [TableSize(row.oid, row.schema_name, row.name, row.size_bytes or 0) for row in rows if row.oid in locked]
 
 
 def with_dump(
@@ -224,19 +231,21 @@ def _unlogged_on_a_standby(reader: Connection) -> list[str]:
     ]
 
 
-def _count_rows(held: Held, operation: Operation, uncounted: Collection[int]) -> tuple[TableCount, ...]:
-    """The rows of every table, so many tables in one transaction: their locks go with it."""
-    tables = [row for row in _counted_tables(held, operation) if row.oid not in uncounted]
+def _count_rows(held: Held, operation: Operation, tables: Sequence[TableSize]) -> tuple[TableCount, ...]:
+    """The rows of the tables, so many of them in one transaction: their locks go with it."""
     counts: list[TableCount] = []
-    for start in range(0, len(tables), _COUNTED_AT_ONCE):
-        some = tables[start : start + _COUNTED_AT_ONCE]
-        names = [f"{quoted(row.schema_name)}.{quoted(row.name)}" for row in some]
-        operation.check()
-        held.check()
-        with snapshot_session(held, names, operation, COUNTING_SETTINGS) as connection:
+    if not tables:
+        return ()
+    with snapshot_session(held, operation, COUNTING_SETTINGS) as locking:
+        for start in range(0, len(tables), _COUNTED_AT_ONCE):
+            some = tables[start : start + _COUNTED_AT_ONCE]
+            names = [f"{quoted(table.schema_name)}.{quoted(table.name)}" for table in some]
+            operation.check()
+            held.check()
             selects = [f"SELECT {number}, count(*) FROM ONLY {name}" for number, name in enumerate(names)]  # noqa: S608 - quoted
-            rows = {row[0]: row[1] for row in run_sql(connection, " UNION ALL ".join(selects))}
-        counts += [
-            TableCount(schema_name=row.schema_name, name=row.name, rows=rows[number]) for number, row in enumerate(some)
-        ]
+            rows = {row[0]: row[1] for row in run_sql(locking(names), " UNION ALL ".join(selects))}
+            counts += [
+                TableCount(schema_name=table.schema_name, name=table.name, rows=rows[number])
+                for number, table in enumerate(some)
+            ]
     return tuple(counts)

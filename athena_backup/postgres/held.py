@@ -6,7 +6,7 @@
 import contextlib
 import select
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 import psycopg
@@ -158,23 +158,28 @@ def lock_tables(connection: Connection, names: Sequence[str], how: str = "") -> 
 
 @contextlib.contextmanager
 def snapshot_session(
-    held: Held, tables: Sequence[str], operation: Operation, settings: Mapping[str, str] | None = None
-) -> Iterator[Connection]:
-    """A session of its own under the snapshot of the cut, which has locked ``tables`` without waiting.
+    held: Held, operation: Operation, settings: Mapping[str, str] | None = None
+) -> Iterator[Callable[[Sequence[str]], Connection]]:
+    """A session of its own under the snapshot of the cut, given by the call that locks some tables, and them alone, for reading.
 
-    Raises `FinalError` where DDL waits for one of them: whoever came behind it would wait for L's end, and that for him.
+    The call raises `FinalError` where DDL waits for one of them: whoever came behind it would wait for L's end, and that for him.
     """
     try:
         with session(held.database.url, settings) as connection, cancelled_with(connection, operation):
-            run_sql(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            run_sql(connection, f"SET TRANSACTION SNAPSHOT '{held.snapshot}'")
-            try:
-                lock_tables(connection, tables, "NOWAIT")
-            except sqlalchemy.exc.DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
-                    raise held.refused_lock() from error
-                raise
-            yield connection
+
+            def locking(tables: Sequence[str]) -> Connection:
+                run_sql(connection, "ROLLBACK")
+                run_sql(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                run_sql(connection, f"SET TRANSACTION SNAPSHOT '{held.snapshot}'")
+                try:
+                    lock_tables(connection, tables, "NOWAIT")
+                except sqlalchemy.exc.DBAPIError as error:
+                    if getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
+                        raise held.refused_lock() from error
+                    raise
+                return connection
+
+            yield locking
     except AthenaError:
         # A cancelled operation cancels the query in the server, and a lost holder's snapshot is gone: that is what to tell.
         operation.check()

@@ -25,7 +25,7 @@ from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
 from athena_backup.postgres.clients import client_version
 from athena_backup.postgres.contents import but_rights, lines_of
-from athena_backup.postgres.copy_in import load_ranges
+from athena_backup.postgres.copy_in import LOADING_SETTINGS, load_ranges
 from athena_backup.postgres.load_plan import WORKERS, IndexWorkers, Plan
 from athena_backup.postgres.order import order_dependent_tables
 from athena_backup.postgres.sessions import (
@@ -126,8 +126,9 @@ class Loading:
             command += ["--exit-on-error", f"--jobs={jobs}"] if jobs > 1 else ["--exit-on-error"]
         url = self.staging.url
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
-        if workers is not None and WORKERS not in environment["PGOPTIONS"]:  # which the URL may give
-            environment["PGOPTIONS"] += f" -c {WORKERS}={workers}"
+        wanted = LOADING_SETTINGS | ({WORKERS: str(workers)} if workers is not None else {})
+        given = environment["PGOPTIONS"]  # which the URL may have
+        environment["PGOPTIONS"] += "".join(f" -c {one}={value}" for one, value in wanted.items() if one not in given)
         feeding = None
         with contextlib.ExitStack() as stack:
             if entries is not None:
@@ -181,7 +182,7 @@ class Loading:
         """
         turn.check()
         try:
-            with session(self.staging.url) as connection, cancelled_with(connection, self.operation):
+            with session(self.staging.url, LOADING_SETTINGS) as connection, cancelled_with(connection, self.operation):
                 run_sql(connection, f"ANALYZE {', '.join(tables)}")
         except AthenaError as error:
             self.operation.check()

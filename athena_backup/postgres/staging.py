@@ -48,6 +48,8 @@ _LOCALE_PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
 # The parameters whose value is a list of identifiers; pg_dump has the same table (variable_is_guc_list_quote), since no
 # catalog tells, and extensions may not add to it.
 _LIST_SETTINGS = ("local_preload_libraries", "search_path", "session_preload_libraries", "temp_tablespaces")
+_COUNTED_AT_ONCE = 100
+"""Each one's lock is held until all are counted, and the server has room for some thousands."""
 _LIST_ITEM = re.compile(r'"((?:[^"]|"")*)"|([^",\s]+)')
 
 
@@ -194,16 +196,20 @@ def _prove(inside: Connection, facts: DatabaseFacts, component: Component) -> No
     found: Counter[object] = Counter()
     names: dict[object, str] = {}
     rerouted = rerouted_partition_names(inside)
+    # Of a table that was loaded by COPY the server has told how many rows it took, stream by stream.
+    uncounted = [table for table in facts.tables if (table.schema_name, table.name) not in loaded]
+    for batch in (uncounted[start : start + _COUNTED_AT_ONCE] for start in range(0, len(uncounted), _COUNTED_AT_ONCE)):
+        counted = " UNION ALL ".join(
+            f"SELECT {number}, count(*) FROM ONLY {quoted(table.schema_name)}.{quoted(table.name)}"  # noqa: S608 - quoted
+            for number, table in enumerate(batch)
+        )
+        for number, rows in run_sql(inside, counted).tuples():
+            loaded[batch[number].schema_name, batch[number].name] = rows
     for table in facts.tables:
-        name = f"{quoted(table.schema_name)}.{quoted(table.name)}"
-        # Of a table that was loaded by COPY the server has told how many rows it took, stream by stream.
-        rows = loaded.get((table.schema_name, table.name))
-        if rows is None:
-            rows = run_sql(inside, f"SELECT count(*) FROM ONLY {name}").scalar_one()  # noqa: S608 - quoted identifiers
         # Of some partitions only the sum comes back, as the same row may belong into another one here.
         place = rerouted.get((table.schema_name, table.name), f"{table.schema_name}.{table.name}")
         promised[place] += table.rows
-        found[place] += rows
+        found[place] += loaded[table.schema_name, table.name]
         names[place] = f"{table.schema_name}.{table.name}"
     wrong += [
         f"{names[place]} has {found[place]} rows instead of {rows}"

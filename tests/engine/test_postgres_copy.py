@@ -499,7 +499,7 @@ def test_a_session_that_comes_late_needs_only_the_lock_of_the_table_that_it_read
     database = make_database("late", f"{make.format('t')}; {make.format('u')}")
     with hold_cut([database], Operation()) as cut:
         held = cut.of(database.name)
-        tables = {table.name: table for table in bulk_tables(held, bulk_bytes=0)}
+        tables = {table.name: table for table in bulk_tables(held, {}, bulk_bytes=0)}
         queued = queued_behind(database, postgres, "TRUNCATE u /* late */")
         with contextlib.closing(CopySessions(held, list(tables.values()))) as sessions:
             assert count_rows(sessions, tables["t"], Operation(), Turn(1, lambda: None)) == 100_000
@@ -610,7 +610,7 @@ def test_a_parameter_that_only_libpq_knows_leaves_everything_to_pg_dump(
     component = dump(Database("libpq", url), local_store, bulk_bytes=0)
     assert len(component.streams) == 1
     with hold_cut([database], Operation()) as cut:
-        assert [table.name for table in bulk_tables(cut.of("libpq"), bulk_bytes=0)] == ["t"]
+        assert [table.name for table in bulk_tables(cut.of("libpq"), {}, bulk_bytes=0)] == ["t"]
 
 
 def test_a_login_that_only_libpq_can_do_leaves_everything_to_pg_dump_and_is_logged(

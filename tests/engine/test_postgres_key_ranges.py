@@ -164,7 +164,7 @@ def test_sessions_that_wait_for_work_give_their_places_to_other_databases(
         )
 
     with hold_cut([one, other], Operation()) as cut:
-        table = bulk_tables(cut.of(one.name), bulk_bytes=0)[0]
+        table = bulk_tables(cut.of(one.name), {}, bulk_bytes=0)[0]
         firsts, seconds = (CopySessions(cut.of(name), [], places) for name in (one.name, other.name))  # type: ignore[arg-type]
         with two_used(firsts):
             pass
@@ -178,7 +178,7 @@ def test_sessions_that_wait_for_work_give_their_places_to_other_databases(
         awaited(one, backends(one), (1,))  # pg_dump had the other place
         with two_used(firsts):
             awaited(one, backends(one), (2,))
-        table = bulk_tables(cut.of(other.name), bulk_bytes=0)[0]
+        table = bulk_tables(cut.of(other.name), {}, bulk_bytes=0)[0]
         with places.one():
             awaited(one, backends(one), (1,))
             with seconds.one(Operation(), Turn(1, lambda: None)) as reading:

@@ -154,7 +154,7 @@ def test_a_table_that_hides_rows_from_its_own_owner_fails_the_backup_by_copy(
         database = make_database("forced", make, owner="forced")
         with hold_cut([database], Operation()) as cut:
             held = cut.of(database.name)
-            [table] = bulk_tables(held, bulk_bytes=0)
+            [table] = bulk_tables(held, {}, bulk_bytes=0)
             reading = RangeReading(CopySessions(held, []), table.ranges(1 << 30)[0], Turn(1, lambda: None))
             with pytest.raises(DeniedError, match="row-level security"):
                 list(reading.chunks(Operation()))
