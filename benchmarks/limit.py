@@ -94,12 +94,14 @@ def _compressed(cluster: Cluster, psql: Path, form: str) -> tuple[int, int, floa
 
 
 class _Zstd:
-    """Level 1 in one call for every `_BLOCK_BYTES`, which is cheaper than piece by piece: zstd would copy each first."""
+    """Level 1 with the checksum that every frame of a set has to carry, in one call for every `_BLOCK_BYTES`, which is cheaper than
+    piece by piece: zstd would copy each first.
+    """
 
     def __init__(self) -> None:
         self.compressed_bytes = 0
         self.cpu_seconds = 0.0
-        self._compressor = zstandard.ZstdCompressor(level=1)
+        self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
         self._block = bytearray()
 
     def take(self, chunk: bytes) -> None:

@@ -51,17 +51,20 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 *(Expected(one.name, "volume") for one in volumes),
             ]
             refuse_foreign_set(working)
+            reading: list[PrefectFuture[None]] = []
             archiving: list[PrefectFuture[None]] = []
             try:
                 with cut_of(databases, working):
-                    reading = [
+                    reading += [
                         back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases
                     ]
                     archiving += [
                         back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes
                     ]
-                    write_server_globals(working)
-                    wait(reading)
+                    try:
+                        write_server_globals(working)
+                    finally:
+                        wait(reading)
             finally:
                 # What the snapshots hold back on the servers goes on while the last volumes are read. Whatever happens, the
                 # slot is kept until nobody writes any more.
@@ -162,7 +165,7 @@ def write_server_globals(working: Working) -> None:
     ):
         try:
             write_globals(held, working.store, working.set_id, working.operation, working.settings.athena_pg_bin)
-        except AthenaError as error:
+        except (AthenaError, OSError, MemoryError) as error:
             run_log().warning("the globals of the server of %s are not in the set: %s", held.database.name, error)
 
 

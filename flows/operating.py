@@ -67,7 +67,7 @@ class Working:
     run_id: UUID
     set_id: SetId
     crew: Crew
-    places: CopyPlaces[Any]
+    places: CopyPlaces
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     faults: dict[str, Fault] = field(default_factory=dict)
     """The last fault of each component; a later success takes it away."""

@@ -14,11 +14,12 @@ from athena_backup.postgres.sessions import ascii_quoted
 
 _CORRELATION = 0.9
 """Of rows that lie in another order than the column's, each range would have to look at most of the table's blocks."""
+_UNEVEN = 0.2
+"""So much of the rows may be NULL or have one of the most common values: they are spread over the ranges by chance."""
 # Types of which no collation decides what is less, and whose texts are plain ASCII and read alike in every session of ours.
 _KEY_TYPES = ("int2", "int4", "int8", "numeric", "uuid", "date", "timestamp", "timestamptz")
 _KEYS = text(
-    "SELECT c.oid::bigint AS oid, a.attname::text AS column, a.attnotnull AS is_full,"
-    " s.histogram_bounds::text::text[] AS bounds"
+    "SELECT c.oid::bigint AS oid, a.attname::text AS column, s.histogram_bounds::text::text[] AS bounds"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " JOIN pg_catalog.pg_index i ON i.indrelid OPERATOR(pg_catalog.=) c.oid AND i.indisvalid AND i.indpred IS NULL"
     " JOIN pg_catalog.pg_opclass o ON o.oid OPERATOR(pg_catalog.=) i.indclass[0] AND o.opcdefault"
@@ -32,6 +33,9 @@ _KEYS = text(
     " AND s.tablename OPERATOR(pg_catalog.=) c.relname AND s.attname OPERATOR(pg_catalog.=) a.attname AND NOT s.inherited"
     " WHERE c.oid OPERATOR(pg_catalog.=) ANY (CAST(:oids AS oid[])) AND s.histogram_bounds IS NOT NULL"
     " AND pg_catalog.abs(s.correlation) OPERATOR(pg_catalog.>=) CAST(:correlation AS float4)"
+    # The bounds know nothing of NULLs and of the most common values.
+    " AND s.null_frac OPERATOR(pg_catalog.+) coalesce((SELECT pg_catalog.sum(f) FROM pg_catalog.unnest(s.most_common_freqs) f),"
+    " 0) OPERATOR(pg_catalog.<=) CAST(:uneven AS float4)"
     " ORDER BY c.oid, pg_catalog.abs(s.correlation) DESC, i.indisunique DESC, a.attnum"
 )
 
@@ -42,8 +46,7 @@ class Key:
 
     column: str
     bounds: Sequence[str]
-    """Values, ascending, between which about as many rows lie each time."""
-    can_be_null: bool
+    """Values, ascending, between which about as many rows lie each time, but for NULLs and the most common values."""
 
     def ranges(self, count: int) -> list[str | None]:
         """About ``count`` conditions in SQL, of which each row there may be meets exactly one."""
@@ -58,7 +61,8 @@ class Key:
         ]
         if not bounds:
             return [None]
-        return [*ranges, f"{column} IS NULL"] if self.can_be_null else ranges
+        # Also where the column says that it has none: such a constraint can be not yet valid (18).
+        return [*ranges, f"{column} IS NULL"]
 
 
 def keys_of(held: Held, oids: Sequence[int]) -> Mapping[int, Key]:
@@ -67,8 +71,7 @@ def keys_of(held: Held, oids: Sequence[int]) -> Mapping[int, Key]:
     The caller has ``locks_lock``. Raises SQLAlchemy's errors.
     """
     found: dict[int, Key] = {}
-    for row in held.locks.execute(
-        _KEYS, {"oids": list(oids), "types": list(_KEY_TYPES), "correlation": _CORRELATION}
-    ).all():
-        found.setdefault(row.oid, Key(row.column, row.bounds, not row.is_full))
+    parameters = {"oids": list(oids), "types": list(_KEY_TYPES), "correlation": _CORRELATION, "uneven": _UNEVEN}
+    for row in held.locks.execute(_KEYS, parameters).all():
+        found.setdefault(row.oid, Key(row.column, row.bounds))
     return found

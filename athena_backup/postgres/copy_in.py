@@ -16,7 +16,7 @@ from athena_backup.store import Store
 
 _PIECE_BYTES = 256 << 10
 LOADING_SETTINGS = {"synchronous_commit": "off"}
-"""What a staged database is filled with need not be on the disk before the switch, whose own commit writes all that came before it."""
+"""What a staged database is filled with need not be on the disk before `staging.dress`, whose commits write all that came before."""
 
 
 def load_ranges(

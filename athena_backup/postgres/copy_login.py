@@ -91,7 +91,7 @@ async def connect(url: URL) -> Any:
         database=url.database,
         timeout=CONNECT_SECONDS,
         statement_cache_size=0,
-        server_settings={"application_name": APPLICATION_NAME},
+        server_settings={"application_name": APPLICATION_NAME, "search_path": ""},
     )
     _keep_alive(connection._transport.get_extra_info("socket"))  # noqa: SLF001 - it has no other way
     return connection

@@ -7,12 +7,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 
 from athena_backup.crew import Turn
-from athena_backup.errors import AthenaError, UnavailableError
+from athena_backup.errors import AthenaError, PassingError, UnavailableError
 from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import FRAME_BYTES, sliced
 from athena_backup.postgres.bulk import BulkTable, TableRange
@@ -31,6 +31,8 @@ from athena_backup.postgres.sessions import (
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""
 _SETTLING_SECONDS = 5
+_DEFECTS = ("XX", "58")
+"""Classes of the errors for what is corrupt or missing (manual, appendix A)."""
 # What `COUNTING_SETTINGS` say of scans, turned round, and back.
 _BY_INDEX = "SET enable_indexscan TO on; SET enable_seqscan TO off"
 _BY_TABLE = "SET enable_indexscan TO off; SET enable_seqscan TO on"
@@ -43,20 +45,22 @@ class CopySessions:
     A new session for each would cost a start of a backend, and the server as many first looks at its shared buffers.
     """
 
-    def __init__(self, held: Held, tables: Sequence[BulkTable], places: CopyPlaces[Any] | None = None) -> None:
+    def __init__(self, held: Held, tables: Sequence[BulkTable], places: CopyPlaces | None = None) -> None:
         """``tables``: those that are read, of which every session locks the first at its start: DDL that queues for one of
         them later waits, and does not come between two of its ranges. ``places``: those of the operation; none: one.
         """
         self._held = held
         self._tables = tuple(tables[: _LOCKED_LIMIT // 2])
-        self._places: CopyPlaces[_CopySession] = places or CopyPlaces(1)
+        self._places = places or CopyPlaces(1)
 
     @contextlib.contextmanager
     def one(self, operation: Operation, turn: Turn) -> Iterator["_CopySession"]:
         """A session for one piece of work; it is kept for the next one only where nothing went wrong."""
-        one = self._places.take(self) or _CopySession(self._held, self._tables)
+        one = cast("_CopySession | None", self._places.take(self))
         is_whole = False
         try:
+            if one is None:
+                one = _CopySession(self._held, self._tables)
             one.begin(operation, turn)
             yield one
             is_whole = True
@@ -114,7 +118,7 @@ class _CopySession:
         The thread that takes the blocks runs the driver's event loop between them: while it stores, the server fills the
         socket's buffer, and when that is full, waits.
         """
-        with self._told(of.table):
+        with self._told(of.table, by_key=of.by_key):
             self._enter(of.table)
             gathered = Gathered()
             copying = self._started(self._copied(of, gathered))
@@ -191,7 +195,7 @@ class _CopySession:
             "max_parallel_workers_per_gather": "0",
             **COUNTING_SETTINGS,
         }
-        known = SET_THOSE_KNOWN.format("unnest($1::text[], $2::text[]) AS known (name, value)")
+        known = SET_THOSE_KNOWN.format("unnest($1::pg_catalog.text[], $2::pg_catalog.text[]) AS known (name, value)")
         await self._connection.fetch(known, list(settings), list(settings.values()))
 
     def _import_snapshot(self) -> None:
@@ -210,8 +214,8 @@ class _CopySession:
         self._locked.update(table.oid for table in tables)
 
     @contextlib.contextmanager
-    def _told(self, table: BulkTable) -> Iterator[None]:
-        """The driver's errors as this project's own, with the table's name."""
+    def _told(self, table: BulkTable, *, by_key: bool = False) -> Iterator[None]:
+        """The driver's errors as this project's own, with the table's name; ``by_key``: an index is read too."""
         try:
             yield
         except asyncpg.PostgresError as error:
@@ -219,6 +223,13 @@ class _CopySession:
             self._held.prove()
             if error.sqlstate == LOCK_NOT_AVAILABLE:
                 raise self._held.refused_lock() from error
+            if by_key and (error.sqlstate or "").startswith(_DEFECTS):
+                self._held.defective.add(table.oid)
+                problem = PassingError(
+                    f"an index may be defective: {error}", next_step=f"REINDEX TABLE {table.full_name}"
+                )
+                logger.warning("%s: %s; the next try reads the table without it", table.full_name, problem)
+                raise _named(table, problem) from error
             raise _named(table, translated_state(error.sqlstate or "", str(error))) from error
         # InternalClientError: of a connection that was ended in the middle of a message.
         except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError) as error:

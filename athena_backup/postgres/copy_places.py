@@ -3,28 +3,28 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 
-class _Closing(Protocol):
+class Closing(Protocol):
+    """Something that is closed when nobody needs it any more; that raises nothing."""
+
     def close(self) -> None:
-        """End the connection."""
+        """End it."""
 
 
-_Session = TypeVar("_Session", bound=_Closing)
-
-
-class CopyPlaces(Generic[_Session]):
+class CopyPlaces:
     """Places for connections: never more taken than units are at work, and sessions kept for later only in those that are left.
 
-    Without, each database would keep as many as ever read it at once until its last byte.
+    Without, each database would keep as many as ever read it at once until its last byte. Of each one is kept in any case: it has
+    locked the tables that are still to be read, and DDL that has queued for one of them would come in between.
     """
 
     def __init__(self, limit: int) -> None:
         """``limit``: as many as units are at work at once."""
         self._limit = limit
         self._in_use = 0
-        self._idle: list[tuple[object, _Session]] = []
+        self._idle: list[tuple[object, Closing]] = []
         """Whose session, the one that is idle for the longest time first."""
         self._closed: set[object] = set()
         self._lock = threading.Lock()
@@ -39,7 +39,7 @@ class CopyPlaces(Generic[_Session]):
             with self._lock:
                 self._in_use -= 1
 
-    def take(self, owner: object) -> _Session | None:
+    def take(self, owner: object) -> Closing | None:
         """The session that ``owner`` gave back last, if it is still kept; a place for one in any case."""
         with self._lock:
             kept = next((number for number in reversed(range(len(self._idle))) if self._idle[number][0] is owner), None)
@@ -49,10 +49,12 @@ class CopyPlaces(Generic[_Session]):
         self._enter()
         return None
 
-    def give_back(self, owner: object, session: _Session, *, is_whole: bool) -> None:
-        """End what `take` began, and keep the session for later if it is whole."""
+    def give_back(self, owner: object, session: Closing | None, *, is_whole: bool) -> None:
+        """End what `take` began, and keep the session for later if it is whole; None: it was never opened."""
         with self._lock:
             self._in_use -= 1
+            if session is None:
+                return
             if is_whole and owner not in self._closed:
                 self._idle.append((owner, session))
                 return
@@ -71,6 +73,9 @@ class CopyPlaces(Generic[_Session]):
         with self._lock:
             self._in_use += 1
             surplus = max(0, self._in_use + len(self._idle) - self._limit)
-            ended, self._idle = self._idle[:surplus], self._idle[surplus:]
-        for _, session in ended:
+            newest = {id(owner): number for number, (owner, _) in enumerate(self._idle)}
+            spare = [number for number, (owner, _) in enumerate(self._idle) if newest[id(owner)] != number][:surplus]
+            ended = [self._idle[number][1] for number in spare]
+            self._idle = [one for number, one in enumerate(self._idle) if number not in spare]
+        for session in ended:
             session.close()

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import select
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -57,6 +58,8 @@ _LIGHT_BYTES = 64 << 20
 _TABLE_PART_BYTES = 4 << 30
 """A copy of the set that breaks off begins no more than a part again."""
 _GLOBALS_LIMIT_BYTES = 64 << 20
+_GLOBALS_LIMIT_SECONDS = 60
+"""The cut is held meanwhile, and no restore needs them."""
 logger = logging.getLogger("athena_backup.postgres")
 
 # What pg_dump may say without being wrong. True: something was left out, and the manifest has to say so.
@@ -81,7 +84,7 @@ def write_database(
     operation: Operation,
     *,
     crew: Crew | None = None,
-    places: CopyPlaces[Any] | None = None,
+    places: CopyPlaces | None = None,
     client_directories: Sequence[Path] = (),
     part_limit_bytes: int = PART_LIMIT_BYTES,
     bulk_bytes: int = BULK_BYTES,
@@ -185,9 +188,13 @@ def write_database(
     streams, counts = rest[: len(ranges)], rest[len(ranges) :]
     _check_tables(head.tables(), sizes.keys() - bulk_oids, bulk_oids)
     rows = rows_of(streams)
-    for table, count in zip(split, counts, strict=True):
-        if (copied := rows[table.schema_name, table.name]) != count:
-            raise _missed(held, table, copied, count)
+    missed = [
+        _missed(held, table, copied, count)
+        for table, count in zip(split, counts, strict=True)
+        if (copied := rows[table.schema_name, table.name]) != count
+    ]
+    for problem in sorted(missed, key=lambda one: one.passing):
+        raise problem
     version = client_version(client)
     return Component(
         name=database.name,
@@ -215,8 +222,13 @@ def _missed(held: Held, table: BulkTable, copied: int, count: int) -> AthenaErro
     if table.has_ctid_scan or table.key is None:
         return FinalError(cause, next_step="report it, with the server's version", step="copying")
     held.defective.add(table.oid)
-    logger.warning("%s: an index by %s is defective; the table is read without it", table.full_name, table.key.column)
-    return PassingError(f"{cause}: an index by {table.key.column} is defective", next_step="REINDEX it", step="copying")
+    problem = PassingError(
+        f"{cause}: an index by {table.key.column} is defective",
+        next_step=f"REINDEX TABLE {table.full_name}",
+        step="copying",
+    )
+    logger.warning("%s; the next try reads the table without it", problem)
+    return problem
 
 
 def _check_tables(dumped: Collection[int], small: Collection[int], bulk: Collection[int]) -> None:
@@ -337,8 +349,20 @@ def write_globals(
         f"--dbname={child_connection(url.database or '')}",
     ]
     sql = bytearray()
+    deadline = time.monotonic() + _GLOBALS_LIMIT_SECONDS
     with running(command, operation, environment=environment, writes=True) as child:
-        while chunk := os.read(child.stdout.fileno(), _CHUNK_BYTES):
+        while True:
+            is_ready, _, _ = select.select([child.stdout], [], [], LOOK_SECONDS)
+            operation.check()
+            if time.monotonic() > deadline:
+                raise PassingError(
+                    f"pg_dumpall took longer than {_GLOBALS_LIMIT_SECONDS} s", step="writing the globals"
+                )
+            if not is_ready:
+                continue
+            chunk = os.read(child.stdout.fileno(), _CHUNK_BYTES)
+            if not chunk:
+                break
             sql += chunk
             if len(sql) > _GLOBALS_LIMIT_BYTES:
                 raise FinalError(

@@ -204,6 +204,8 @@ def session(url: URL, settings: Mapping[str, str] | None = None) -> Iterator[Con
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
             "application_name": APPLICATION_NAME,
+            # At once: SQLAlchemy's own first questions would find whatever functions a database's search_path leads to.
+            "options": f"{url.query.get('options') or os.environ.get('PGOPTIONS', '')} -c search_path=",
             "client_encoding": "UTF8",  # until the server's own is known; of SQL_ASCII the driver would make bytes
             "keepalives": 1,
             "keepalives_idle": 30,
@@ -266,17 +268,22 @@ def codec(connection: Connection) -> str:
     return driver_of(connection).info.encoding
 
 
-# In one statement: each look into pg_settings takes the server some milliseconds.
+# In one statement: each look into pg_settings takes the server some milliseconds. In Turkish the small letter of I is another one.
+# `unnest` of several arrays is the server's own only without its schema's name (manual, 7.2.1.4).
 SET_THOSE_KNOWN = (
     "SELECT pg_catalog.set_config(s.name, known.value, false) FROM pg_catalog.pg_settings s"
-    " JOIN {} ON pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) known.name"
+    ' JOIN {} ON pg_catalog.lower(s.name COLLATE pg_catalog."C") OPERATOR(pg_catalog.=) known.name'
 )
 
 
 def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
     """Set what of ``settings`` this server knows, for the session: transaction_timeout came with 17, for example."""
     connection.execute(
-        text(SET_THOSE_KNOWN.format("unnest(CAST(:names AS text[]), CAST(:texts AS text[])) AS known (name, value)")),
+        text(
+            SET_THOSE_KNOWN.format(
+                "unnest(CAST(:names AS pg_catalog.text[]), CAST(:texts AS pg_catalog.text[])) AS known (name, value)"
+            )
+        ),
         {"names": list(settings), "texts": list(settings.values())},
     )
 

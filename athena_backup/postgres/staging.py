@@ -48,8 +48,10 @@ _LOCALE_PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
 # The parameters whose value is a list of identifiers; pg_dump has the same table (variable_is_guc_list_quote), since no
 # catalog tells, and extensions may not add to it.
 _LIST_SETTINGS = ("local_preload_libraries", "search_path", "session_preload_libraries", "temp_tablespaces")
-_COUNTED_AT_ONCE = 100
-"""Each one's lock is held until all are counted, and the server has room for some thousands."""
+_COUNTED_AT_ONCE = 25
+"""The locks of each one and of its indexes are held until all are counted, and a server may have room for no more than some
+thousand.
+"""
 _LIST_ITEM = re.compile(r'"((?:[^"]|"")*)"|([^",\s]+)')
 
 
@@ -236,8 +238,18 @@ def _prove(inside: Connection, facts: DatabaseFacts, component: Component) -> No
 
 
 def dress(inside: Connection, name: str, facts: DatabaseFacts) -> None:
-    """Give the staging database what hangs on a database's OID and stands in no dump ("PostgreSQL", section 3)."""
+    """Give the staging database what hangs on a database's OID and stands in no dump ("PostgreSQL", section 3).
+
+    When it returns, all of the database is on the server's disk.
+    """
     own = quoted(name)
+    # Whatever was loaded without waiting for the disk stands in the log before these commits, which wait for it, also where
+    # the server or the role is set to wait for none.
+    run_sql(
+        inside,
+        "SELECT pg_catalog.set_config('synchronous_commit', 'on', false)"
+        " WHERE pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) 'off'",
+    )
     if facts.comment is not None:
         run_sql(inside, f"COMMENT ON DATABASE {own} IS {_literal(facts.comment)}")
     for label in facts.labels:

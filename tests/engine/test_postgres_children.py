@@ -2,14 +2,19 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from round_trip import Make, dump, restore, rows, stage
+from round_trip import SET, Make, dump, restore, rows, stage
 
-from athena_backup.errors import FinalError
+from athena_backup.errors import CancelledError, FinalError, PassingError
+from athena_backup.operation import Operation
+from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.dump import write_globals
+from athena_backup.postgres.embedded import binaries
 from athena_backup.postgres.load import Loading
 from athena_backup.postgres.sessions import run_sql, session
 from athena_backup.store.local import LocalStore
@@ -63,6 +68,7 @@ def test_connections_of_children_are_looked_after_by_the_kernel(make_database: M
         program, deadline = next(programs), time.monotonic() + 20
         while (found := timers(program)) != [KEEPALIVE]:
             assert time.monotonic() < deadline, found
+            threading.Event().wait(0.02)
         seen.append(found)
 
     store = LookingStore(local_store.location.place, "dump.pgc", look)
@@ -88,6 +94,7 @@ def test_partitions_are_analyzed_once(make_database: Make, local_store: LocalSto
     deadline = time.monotonic() + 20
     while not all(count for _, count in rows(database, analyzed)):
         assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
     assert rows(database, analyzed) == [("parted_0", 1), ("parted_1", 1)]
     assert rows(database, "SELECT count(*) FROM pg_stats WHERE tablename = 'parted'") == [(2,)]
 
@@ -115,6 +122,7 @@ def test_an_index_that_is_still_made_when_another_table_fails_keeps_nobody(
         deadline = time.monotonic() + 30
         while not rows(database, "SELECT FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX slow %'"):
             assert time.monotonic() < deadline
+            threading.Event().wait(0.02)
         raise FinalError("made up")
 
     monkeypatch.setattr(Loading, "load", failing)
@@ -124,7 +132,9 @@ def test_an_index_that_is_still_made_when_another_table_fails_keeps_nobody(
     assert time.monotonic() - began < 55, "a crew that waits for a unit in vain gives up after a minute"
 
 
-def test_a_restore_waits_for_the_disk_at_its_switch_alone(make_database: Make, local_store: LocalStore) -> None:
+def test_the_sessions_that_load_a_restore_do_not_wait_for_the_disk(
+    make_database: Make, local_store: LocalStore
+) -> None:
     """A commit for each of ten thousand tables would else wait for the disk; the view is filled by the session that restores it."""
     database = make_database(
         "hurried", "CREATE MATERIALIZED VIEW told AS SELECT current_setting('synchronous_commit') AS setting"
@@ -133,3 +143,23 @@ def test_a_restore_waits_for_the_disk_at_its_switch_alone(make_database: Make, l
     restore(dump(database, local_store), database, local_store)
     assert rows(database, "SELECT setting FROM public.told") == [("off",)]
     assert rows(database, "SHOW synchronous_commit") == [("on",)]
+
+
+def test_a_pg_dumpall_that_says_nothing_is_given_up_or_cancelled(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hanging = tmp_path / "pg_dumpall"
+    program = binaries() / "pg_dumpall"
+    hanging.write_text(f'#!/bin/bash\n[ "$1" = --version ] && exec {program} "$@"; exec sleep 600\n')
+    hanging.chmod(0o755)
+    database = make_database("hanging")
+    operation = Operation()
+    with hold_cut([database], Operation()) as cut:
+        held = cut.of("hanging")
+        monkeypatch.setattr("athena_backup.postgres.dump._GLOBALS_LIMIT_SECONDS", 1)
+        with pytest.raises(PassingError, match="pg_dumpall took longer than 1 s"):
+            write_globals(held, local_store, SET, operation, [tmp_path])
+        monkeypatch.setattr("athena_backup.postgres.dump._GLOBALS_LIMIT_SECONDS", 600)
+        threading.Timer(0.2, lambda: operation.cancel("a person said so")).start()
+        with pytest.raises(CancelledError, match="a person said so"):
+            write_globals(held, local_store, SET, operation, [tmp_path])

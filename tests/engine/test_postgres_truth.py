@@ -80,9 +80,32 @@ def test_an_enum_value_that_is_renamed_meanwhile_fails_the_backup(
         dump_after(database, local_store, "ALTER TYPE mood RENAME VALUE 'a' TO 'z'", **sizes)
 
 
+HOSTILE = """
+CREATE SCHEMA evil; CREATE FUNCTION evil.boom(pg_catalog.text) RETURNS bool LANGUAGE plpgsql AS $$BEGIN RAISE 'boom'; END$$;
+CREATE DOMAIN evil.text AS pg_catalog.text CHECK (evil.boom(VALUE));
+CREATE FUNCTION evil.current_schema() RETURNS pg_catalog.text LANGUAGE plpgsql AS $$BEGIN RAISE 'boom'; END$$;
+CREATE FUNCTION evil.lower(pg_catalog.text) RETURNS pg_catalog.text LANGUAGE plpgsql AS $$BEGIN RAISE 'boom'; END$$;
+CREATE TABLE evil.pg_settings (name pg_catalog.text);
+CREATE FUNCTION evil.unnest(anyarray) RETURNS SETOF anyelement LANGUAGE plpgsql AS $$BEGIN RAISE 'boom'; END$$;
+CREATE TABLE public.t AS SELECT i FROM generate_series(1, 1000) i;
+ALTER DATABASE hostile SET search_path = evil, pg_catalog;
+"""
+
+
+@WAYS
+def test_what_a_database_puts_into_its_search_path_is_never_called(
+    make_database: Make, local_store: LocalStore, sizes: dict[str, int]
+) -> None:
+    database = make_database("hostile", HOSTILE)
+    component = dump(database, local_store, **sizes)
+    restore(component, database, local_store)
+    assert rows(database, "SELECT count(*) FROM public.t") == [(1000,)]
+
+
 SET_OTHERWISE = """
 CREATE TABLE t (i interval, d date, f float8, m money, a text[], x xml, o oid DEFAULT 1, ts tsvector);
 INSERT INTO t VALUES ('1 mon 2 days -03:00:00.5', '2026-02-01', 0.1::float8 + 0.2, 1234.56, ARRAY['a', NULL], '<a/>');
+INSERT INTO t (i) VALUES ('-1 day -02:03:04');
 ALTER DATABASE otherwise SET intervalstyle = 'sql_standard'; ALTER DATABASE otherwise SET datestyle = 'SQL, DMY';
 ALTER DATABASE otherwise SET extra_float_digits = -15; ALTER DATABASE otherwise SET array_nulls = off;
 ALTER DATABASE otherwise SET xmloption = 'document'; ALTER DATABASE otherwise SET lc_monetary = 'MONETARY';
