@@ -108,6 +108,14 @@ class Extension(_Document):
     version: str
 
 
+class Collation(_Document):
+    """A collation by which indexes of the database are sorted, with the version that the server had of it."""
+
+    schema_name: str
+    name: str
+    version: str
+
+
 class DatabaseFacts(_Document):
     """What is kept beside a dump, because no dump of one database holds it ("PostgreSQL", section 3)."""
 
@@ -128,6 +136,7 @@ class DatabaseFacts(_Document):
     locale: str | None = Field(description="The ICU or builtin locale.")
     icu_rules: str | None
     collation_version: str | None
+    collations: tuple[Collation, ...] = ()
     roles: tuple[Role, ...]
     tables: tuple[TableCount, ...]
     sequences: tuple[SequenceState, ...]

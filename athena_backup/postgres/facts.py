@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
+from athena_backup.postgres.collations import collations_of
 from athena_backup.postgres.held import Held, lost_holder, snapshot_session
 from athena_backup.postgres.sessions import COUNTING_SETTINGS, cancelled_with, quoted, run_sql, translated
 
@@ -103,6 +104,7 @@ def read_facts(held: Held, operation: Operation, counted: Sequence[TableSize]) -
             labels=_labels(reader, held.oid),
             settings=_settings(reader, held.oid),
             roles=tuple(Role.model_validate(dict(row._mapping)) for row in reader.execute(_ROLES)),  # noqa: SLF001 - its API
+            collations=collations_of(reader),
             tables=counts,
             sequences=(),
             extensions=tuple(

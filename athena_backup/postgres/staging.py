@@ -20,6 +20,7 @@ from athena_backup.errors import DamagedError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.collations import changed_collations
 from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.load import SOON_BYTES, Loading
 from athena_backup.postgres.order import rerouted_partition_names
@@ -177,7 +178,8 @@ def stage_database(
         _prove(inside, facts, component)
         dress(inside, name, facts)
         disabled = subscriptions_of(inside, name)
-    notes = [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]
+        notes = changed_collations(inside, facts, server)
+    notes += [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]
     return StagedDatabase(name, oid, tuple(notes))
 
 
