@@ -92,9 +92,9 @@ def write_database(
 ) -> Component:
     """Dump one database of the cut into a new attempt's folder and return its complete `Component`.
 
-    ``crew`` does the work; without one, one unit is done after the other. ``places`` are those of all databases that share its
-    budget of connections. Tables of ``bulk_bytes`` or more are read by
-    COPY, in ranges of about ``range_bytes`` or, for None, as `range_size` has it. component.json is the caller's.
+    ``crew`` does the work; without one, one unit is done after the other. ``places`` are those of all databases that share a budget
+    of connections. Tables of ``bulk_bytes`` or more are read by COPY, in ranges of about ``range_bytes`` or, for None, as
+    `range_size` has it. component.json is the caller's.
 
     Raises the fault that the cut has for it, `FinalError` for a `pg_dump` that ended badly or said something unknown,
     `PassingError` for a broken connection while the holders live, and the store's errors.

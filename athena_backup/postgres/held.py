@@ -69,7 +69,7 @@ class Held:
         self.server: Server | None = None
         self.lost: AthenaError | None = None
         self.defective: set[int] = set()
-        """OIDs of tables of which an index has been seen to have other rows than the table: none is to be read by it."""
+        """OIDs of tables of which an index has been seen to be defective: none of them is to be read by an index."""
         self.locks_lock = threading.Lock()
         self.reader_lock = threading.Lock()
         """psycopg's sessions are for one thread at a time; whoever reads through S holds this."""
