@@ -12,7 +12,7 @@ from typing import Literal
 
 from benchmarks.measuring import Usage
 
-METHOD = 3
+METHOD = 4
 """Of measuring: what was measured by another one can't stand beside what is measured now."""
 LIMIT = "limit"
 """Stands for a contender where the limits could not be measured."""
