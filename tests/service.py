@@ -232,8 +232,8 @@ class Service:
                 if (directory / "comm").read_text().strip() != program:
                     continue
                 arguments = (directory / "cmdline").read_text()
-                # A zombie has none, and can't be held.
-                if not arguments or "--version" in arguments:
+                # A zombie has none, and can't be held. pg_dumpall asks pg_dump's version with -V.
+                if not arguments or {"--version", "-V"} & set(arguments.split("\0")):
                     continue
                 if self.pid in _ancestors(int(directory.name)):
                     yield int(directory.name)
