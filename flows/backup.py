@@ -61,10 +61,8 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                     archiving += [
                         back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes
                     ]
-                    try:
-                        write_server_globals(working)
-                    finally:
-                        wait(reading)
+                    wait(reading)
+                    write_server_globals(working)
             finally:
                 # What the snapshots hold back on the servers goes on while the last volumes are read. Whatever happens, the
                 # slot is kept until nobody writes any more.
