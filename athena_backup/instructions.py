@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Stream, component_folder
 from athena_backup.postgres.copy_in import copy_statement
-from athena_backup.postgres.sessions import FORMAT_SETTINGS, client_encoding, connection_string
+from athena_backup.postgres.session_settings import FORMAT_SETTINGS, client_encoding
+from athena_backup.postgres.sessions import connection_string
 
 _TIMEOUT_MAJOR = 17
 """The version of PostgreSQL that brought transaction_timeout, which every dump written by it sets."""

@@ -69,9 +69,8 @@ class Ended:
         # data and passwords (CREATE SUBSCRIPTION, CREATE USER MAPPING).
         own = [line for line in self.stderr if line.startswith(f"{self.program}: ")]
         if not own and len(self.stderr) < STDERR_LIMIT_LINES:
-            own = [
-                line for line in self.stderr if line
-            ]  # of a wrapper or the loader: nothing of the program's came before them
+            # Of a wrapper or the loader: nothing of the program's came before them.
+            own = [line for line in self.stderr if line]
         said = " | ".join(own[-5:])
         return f"{self.program} {ending}" + (f": {said}" if said else "")
 

@@ -51,11 +51,10 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
                 *(Expected(one.name, "volume") for one in volumes),
             ]
             refuse_foreign_set(working)
-            reading: list[PrefectFuture[None]] = []
             archiving: list[PrefectFuture[None]] = []
             try:
                 with cut_of(databases, working):
-                    reading += [
+                    reading = [
                         back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases
                     ]
                     archiving += [

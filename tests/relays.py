@@ -38,3 +38,26 @@ def relayed(target: int, *, is_pooler: bool = False) -> Iterator[int]:
         listener.close()
         for one in connections:
             one.close()
+
+
+@contextlib.contextmanager
+def refusing_pooler() -> Iterator[int]:
+    """A port at which a pooler refuses a connection that begins with settings, as PgBouncer does where it does not know them."""
+    fields = b"SFATAL\0C08P01\0Munsupported startup parameter: options\0\0"
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                # A request for encryption is eight bytes long ("Message Formats" in the manual), and is answered with no.
+                with client, contextlib.suppress(OSError):
+                    while len(client.recv(65536)) == 8:
+                        client.sendall(b"N")
+                    client.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()

@@ -20,13 +20,13 @@ from athena_backup.postgres.copy_login import connect
 from athena_backup.postgres.copy_pieces import Gathered, large_pieces
 from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.held import LOCK_NOT_AVAILABLE, Held
-from athena_backup.postgres.sessions import (
+from athena_backup.postgres.session_settings import (
     COUNTING_SETTINGS,
     READING_SETTINGS,
     SET_THOSE_KNOWN,
     client_encoding,
-    translated_state,
 )
+from athena_backup.postgres.sessions import translated_state
 
 _LOCKED_LIMIT = 64
 """Tables whose locks a reading session keeps: `max_locks_per_transaction` is as many for each session by default."""

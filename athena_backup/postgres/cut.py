@@ -22,6 +22,7 @@ from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
     driver_of,
+    pooler_refused,
     run_sql,
     session,
     translated,
@@ -144,10 +145,7 @@ def _refuse_pooler(connection: Connection) -> None:
     # The pid that the server named at connection is the backend's own; a pooler makes one up.
     pid = connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
     if driver_of(connection).info.backend_pid != pid:
-        raise FinalError(
-            "the database is reached through a connection pooler, which can't hold a snapshot",
-            next_step="give the address of the PostgreSQL server itself in ATHENA_DATABASES",
-        )
+        raise pooler_refused()
 
 
 def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) -> None:

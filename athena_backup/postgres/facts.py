@@ -15,7 +15,8 @@ from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, Sequen
 from athena_backup.operation import Operation
 from athena_backup.postgres.collations import collations_of
 from athena_backup.postgres.held import Held, lost_holder, snapshot_session
-from athena_backup.postgres.sessions import COUNTING_SETTINGS, cancelled_with, quoted, run_sql, translated
+from athena_backup.postgres.session_settings import COUNTING_SETTINGS
+from athena_backup.postgres.sessions import cancelled_with, quoted, run_sql, translated
 
 # Ordinary tables and partitions whose rows pg_dump writes. Members of extensions are left out: CREATE EXTENSION makes
 # their rows, so their number says nothing about the dump.

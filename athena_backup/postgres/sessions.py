@@ -20,6 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError, PassingError, UnavailableError
 from athena_backup.operation import Operation
+from athena_backup.postgres.session_settings import FORMAT_SETTINGS, READING_SETTINGS, apply_settings, client_encoding
 
 CONNECT_SECONDS = 10
 APPLICATION_NAME = "athena-backup"
@@ -68,35 +69,6 @@ _OURS = frozenset(
         "tcp_user_timeout",
     }
 )
-
-# How values are written and read, `pg_dump`'s and `pg_restore`'s sessions included, which don't set these: money is read in no
-# other locale than that in which it was written, and with array_nulls off NULL comes back as a text of four letters (tried).
-FORMAT_SETTINGS = {"lc_monetary": "C", "array_nulls": "on"}
-# Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
-READING_SETTINGS = {
-    **FORMAT_SETTINGS,
-    "row_security": "off",
-    "search_path": "",
-    "datestyle": "ISO",
-    "intervalstyle": "postgres",
-    "extra_float_digits": "3",
-    "synchronize_seqscans": "off",
-    "statement_timeout": "0",
-    "lock_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-    "idle_session_timeout": "0",
-    "transaction_timeout": "0",
-    "xmloption": "content",
-    "default_transaction_read_only": "off",
-    "default_transaction_isolation": "read committed",
-}
-
-COUNTING_SETTINGS = {"enable_indexonlyscan": "off", "enable_indexscan": "off", "enable_bitmapscan": "off"}
-"""What is counted is what is copied, the table: a defective index may hold another number of rows (tried)."""
-
-# The driver has no codec for these. The bytes of SQL_ASCII mean nothing: as LATIN1 each comes and goes as it is.
-_CLIENT_ENCODINGS = {"SQL_ASCII": "LATIN1", "EUC_TW": "UTF8"}
-
 
 _SERVERS_SIDE = text(
     "SELECT pg_catalog.host(pg_catalog.inet_server_addr()) AS server, pg_catalog.host(pg_catalog.inet_client_addr()) AS client,"
@@ -234,11 +206,6 @@ def _client_encoding(connection: Connection) -> str:
     return client_encoding(encoding)
 
 
-def client_encoding(server_encoding: str) -> str:
-    """The client_encoding in which a database of that encoding is read and loaded."""
-    return _CLIENT_ENCODINGS.get(server_encoding, server_encoding)
-
-
 def driver_of(connection: Connection) -> "psycopg.Connection[Any]":
     """The driver's own connection, for what SQLAlchemy has no words for."""
     driver = connection.connection.driver_connection
@@ -266,26 +233,6 @@ def is_on_this_machine(connection: Connection) -> bool:
 def codec(connection: Connection) -> str:
     """The name of Python's codec for the bytes that ``connection`` sends and takes."""
     return driver_of(connection).info.encoding
-
-
-# In one statement: each look into pg_settings takes the server some milliseconds. In Turkish the small letter of I is another one.
-# `unnest` of several arrays is the server's own only without its schema's name (manual, 7.2.1.4).
-SET_THOSE_KNOWN = (
-    "SELECT pg_catalog.set_config(s.name, known.value, false) FROM pg_catalog.pg_settings s"
-    ' JOIN {} ON pg_catalog.lower(s.name COLLATE pg_catalog."C") OPERATOR(pg_catalog.=) known.name'
-)
-
-
-def apply_settings(connection: Connection, settings: Mapping[str, str]) -> None:
-    """Set what of ``settings`` this server knows, for the session: transaction_timeout came with 17, for example."""
-    connection.execute(
-        text(
-            SET_THOSE_KNOWN.format(
-                "unnest(CAST(:names AS pg_catalog.text[]), CAST(:texts AS pg_catalog.text[])) AS known (name, value)"
-            )
-        ),
-        {"names": list(settings), "texts": list(settings.values())},
-    )
 
 
 @contextlib.contextmanager
@@ -370,6 +317,14 @@ def translated(error: sqlalchemy.exc.DBAPIError) -> AthenaError:
     return translated_state(getattr(origin, "sqlstate", None) or "", str(origin) or type(origin).__name__)
 
 
+def pooler_refused() -> FinalError:
+    """The error for a server that is reached through a connection pooler: from one statement to the next it may be another session."""
+    return FinalError(
+        "the database is reached through a connection pooler, which can't hold a snapshot, nor settings",
+        next_step="give the address of the PostgreSQL server itself in ATHENA_DATABASES",
+    )
+
+
 def translated_state(state: str, message: str) -> AthenaError:
     """An SQLSTATE and its message as one of ours; an empty one: the connection was not made, or broke."""
     if state.startswith(("22", "23")):
@@ -377,7 +332,10 @@ def translated_state(state: str, message: str) -> AthenaError:
         message = message.partition("\n")[0]
     # Where a function or a COPY failed: with the row that it had.
     message = " ".join(message.partition("\nCONTEXT:")[0].split())
-    # libpq gives no SQLSTATE for a connection that was refused; its sentence is all there is.
+    # libpq gives no SQLSTATE for a connection that was refused; its sentence is all there is. Of the settings that every session
+    # of ours begins with, PgBouncer says this one.
+    if "unsupported startup parameter" in message:
+        return pooler_refused()
     if state.startswith("28") or "password authentication failed" in message or "no password supplied" in message:
         return DeniedError(
             f"PostgreSQL refuses the login: {message}", next_step="correct user or password in ATHENA_DATABASES"

@@ -33,14 +33,8 @@ from athena_backup.postgres.rename import (
     side_name,
     subscriptions_of,
 )
-from athena_backup.postgres.sessions import (
-    Database,
-    apply_settings,
-    cancelled_with,
-    quoted,
-    run_sql,
-    session,
-)
+from athena_backup.postgres.session_settings import apply_settings
+from athena_backup.postgres.sessions import Database, cancelled_with, quoted, run_sql, session
 from athena_backup.store import Store
 
 # These would hinder the loading's own later sessions, so they come last ("PostgreSQL", section 3).

@@ -9,7 +9,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from relays import relayed
+from relays import refusing_pooler, relayed
 
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.operation import Operation
@@ -244,6 +244,17 @@ def test_ddl_that_waits_too_long_ends_the_backup_even_when_its_text_is_hidden_fr
             with pytest.raises(AthenaError, match="given up"):
                 cut.of(database.name)
         admin.execute(f"DROP OWNED BY {owner}; DROP ROLE {owner}")
+
+
+def test_a_pooler_that_refuses_how_our_sessions_begin_is_told_as_one(postgres: EmbeddedServer) -> None:
+    with (
+        refusing_pooler() as port,
+        hold_cut([Database("pooled", postgres.url().set(port=port))], Operation()) as cut,
+    ):
+        fault = cut.faults["pooled"]
+        assert "reached through a connection pooler" in str(fault)
+        assert "the address of the PostgreSQL server itself" in str(fault)
+        assert not fault.passing
 
 
 def test_a_connection_pooler_is_refused(postgres: EmbeddedServer) -> None:
