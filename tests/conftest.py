@@ -7,8 +7,9 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -32,6 +33,20 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # No test is timed, and what it tries is the same each time.
 settings.register_profile("athena", deadline=None, derandomize=True)
 settings.load_profile("athena")
+
+
+_SERVICES: list[Service] = []
+_TOLD_LINES = 80
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """With a failure, what the services said last: most of what they do is seen from outside alone."""
+    report = yield
+    if report.failed:
+        for service in _SERVICES:
+            report.sections.append((f"{service.home.name} said last", "\n".join(service.output[-_TOLD_LINES:])))
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -160,7 +175,6 @@ def make_service(
     postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Service]]:
     """Define a service over databases and volumes of its own; the caller starts it, the session's end closes it."""
-    services: list[Service] = []
 
     def make(name: str, **environment: str) -> Service:
         home = tmp_path_factory.mktemp(name)
@@ -189,11 +203,11 @@ def make_service(
                 **environment,
             },
         )
-        services.append(service)
+        _SERVICES.append(service)
         return service
 
     yield make
-    for service in services:
+    for service in _SERVICES:
         service.close()
 
 

@@ -16,7 +16,7 @@ from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import binaries
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
-from athena_backup.postgres.sessions import Database, libpq_environment, session
+from athena_backup.postgres.sessions import Database, libpq_environment, run_sql, session
 from athena_backup.postgres.staging import (
     StagedDatabase,
     discard_staging,
@@ -71,5 +71,15 @@ def stock_dump(url: URL, *options: str) -> list[str]:
     """What pg_dump says of a database, without the lines that differ from run to run."""
     environment = {"PATH": os.environ["PATH"], **libpq_environment(url)}
     command = [str(binaries() / "pg_dump"), "--restrict-key=test", *options]
-    sql = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return [line for line in sql.splitlines() if not line.startswith("--")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return [line for line in said.splitlines() if not line.startswith("--")]
+
+
+def big_table(make_database: Make, name: str) -> Database:
+    return make_database(name, "CREATE TABLE t AS SELECT i, md5(i::text) x FROM generate_series(1, 200000) i")
+
+
+def sql(database: Database, *statements: str) -> None:
+    with session(database.url, {"search_path": "public"}) as connection:
+        for statement in statements:
+            run_sql(connection, statement)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import asyncpg
 import pytest
-from round_trip import ALL_BY_COPY, SET, Make, dump, restore, rows
+from round_trip import ALL_BY_COPY, SET, Make, dump, restore, rows, sql
 
 from athena_backup.crew import Crew, Turn
 from athena_backup.errors import PassingError
@@ -24,7 +24,7 @@ from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.cut import Cut, hold_cut
 from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import binaries
-from athena_backup.postgres.sessions import Database, run_sql, session
+from athena_backup.postgres.sessions import Database
 from athena_backup.store.local import LocalStore
 
 APART = "CREATE ACCESS METHOD apart TYPE TABLE HANDLER heap_tableam_handler"
@@ -32,11 +32,6 @@ APART = "CREATE ACCESS METHOD apart TYPE TABLE HANDLER heap_tableam_handler"
 
 def streams_of(component: Component, table: str) -> list[int]:
     return [one.table.rows for one in component.streams if one.table is not None and one.table.name == table]
-
-
-def sql(database: Database, statement: str) -> None:
-    with session(database.url, {"search_path": "public"}) as connection:
-        run_sql(connection, statement)
 
 
 KEYS = {

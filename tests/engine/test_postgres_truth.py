@@ -5,7 +5,7 @@ import socket
 
 import asyncpg
 import pytest
-from round_trip import ALL_BY_COPY, SET, Make, dump, restore, rows, stage
+from round_trip import ALL_BY_COPY, SET, Make, dump, restore, rows, sql, stage
 from sqlalchemy import URL
 
 from athena_backup.crew import Turn
@@ -21,12 +21,6 @@ from athena_backup.postgres.dump import write_database
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.store.local import LocalStore
-
-
-def sql(database: Database, *statements: str) -> None:
-    with session(database.url, {"search_path": "public"}) as connection:
-        for statement in statements:
-            run_sql(connection, statement)
 
 
 def dump_after(database: Database, store: LocalStore, meanwhile: str, **sizes: int) -> Component:
