@@ -20,7 +20,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import sql
 
-from athena_backup.postgres.embedded import free_port
+from athena_backup.ports import free_ports
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 SETTINGS = {
@@ -119,7 +119,7 @@ def running_cluster(directory: Path, *, restored: bool = False) -> Iterator[Clus
     # Of a socket's path only some hundred bytes are allowed.
     sockets = Path(tempfile.mkdtemp(prefix="athena-bench-"))
     own(sockets)
-    port = free_port()
+    [port] = free_ports(1)
     command = [str(BINARIES / "postgres"), "-D", str(directory), "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
     command += ["-c", f"unix_socket_directories={sockets}", *(["-c", "archive_mode=off"] if restored else [])]
     log_path = directory.with_name(f"{directory.name}.log")

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from athena_backup.errors import FinalError
-from athena_backup.postgres.embedded import free_port
+from athena_backup.ports import on_free_ports, start_error
 from athena_backup.process import die_with_parent
 from athena_backup.store.clients import Keys
 from athena_backup.store.sweep import S3Access
@@ -99,36 +100,45 @@ def embedded_s3(directory: Path, certificate: Certificate | None = None) -> Iter
     ]
     config = directory / "s3.json"
     config.write_text(json.dumps({"identities": identities}))
-    ports = {name: free_port() for name in _WEED_PORTS}
     command = [str(weed), "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     command += [f"-s3.config={config}", "-volume.max=100", "-master.volumeSizeLimitMB=1024"]
-    command += ["-volume.preStopSeconds=0"]
+    command += ["-volume.preStopSeconds=0", "-master.telemetry=false"]
     # Like S3: addressed as bucket.localhost too, and a bucket that is missing is an error.
     command += ["-s3.domainName=localhost", "-s3.autoCreateBucket=false"]
     # Its tables of other kinds listen on fixed ports unless told not to.
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    command += [f"-{name}={port}" for name, port in ports.items()]
     scheme = "http"
     if certificate is not None:
         scheme = "https"
         command += [f"-s3.cert.file={certificate.certificate}", f"-s3.key.file={certificate.key}"]
-    endpoint = f"{scheme}://127.0.0.1:{ports['s3.port']}"
-    with _running(command, directory) as process:
-        server = EmbeddedS3(endpoint, keys, reader, process.pid)
+
+    @contextlib.contextmanager
+    def on_ports(ports: list[int]) -> Iterator[EmbeddedS3]:
+        port_of = dict(zip(_WEED_PORTS, ports, strict=True))
+        endpoint = f"{scheme}://127.0.0.1:{port_of['s3.port']}"
         client = S3Access(
             BUCKET, endpoint, REGION, keys, ca_bundle=certificate.certificate if certificate else None
         ).client()
 
         def is_ready() -> bool:
             try:
-                client.create_bucket(Bucket=BUCKET)
+                # Asked plainly first: boto3 would look for many seconds for a server that has ended.
+                socket.create_connection(("127.0.0.1", port_of["s3.port"]), timeout=2).close()
+                with contextlib.suppress(
+                    client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
+                ):
+                    client.create_bucket(Bucket=BUCKET)
                 client.put_object(Bucket=BUCKET, Key="ready", Body=b"")
                 client.delete_object(Bucket=BUCKET, Key="ready")
             except Exception:  # noqa: BLE001 - whatever a server that is just starting says
                 return False
             return True
 
-        _await_ready("SeaweedFS", process, is_ready, directory)
+        port_options = [f"-{name}={port}" for name, port in port_of.items()]
+        with _running("SeaweedFS", [*command, *port_options], is_ready, directory) as pid:
+            yield EmbeddedS3(endpoint, keys, reader, pid)
+
+    with on_free_ports(len(_WEED_PORTS), on_ports) as server:
         yield server
 
 
@@ -157,27 +167,19 @@ def embedded_azure(directory: Path, certificate: Certificate | None = None) -> I
     directory.mkdir(parents=True, exist_ok=True)
     node = Path(executable.__file__).parent / "bin" / "node"
     key = base64.b64encode(secrets.token_bytes(64)).decode()
-    port = free_port()
-    command = [
-        str(node),
-        str(_AZURITE),
-        "--location",
-        str(directory),
-        "--blobHost",
-        "127.0.0.1",
-        "--blobPort",
-        str(port),
-    ]
+    command = [str(node), str(_AZURITE), "--location", str(directory), "--blobHost", "127.0.0.1"]
     command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--disableProductStyleUrl"]
     scheme = "http"
     if certificate is not None:
         scheme = "https"
         command += ["--cert", str(certificate.certificate), "--key", str(certificate.key)]
     environment = {**os.environ, "AZURITE_ACCOUNTS": f"{AZURE_ACCOUNT}:{key}"}
-    url = f"{scheme}://127.0.0.1:{port}/{AZURE_ACCOUNT}"
-    with _running(command, directory, environment) as process:
-        server = EmbeddedAzure(url, process.pid, key)
-        verify = str(certificate.certificate) if certificate is not None else True
+    verify = str(certificate.certificate) if certificate is not None else True
+
+    @contextlib.contextmanager
+    def on_port(ports: list[int]) -> Iterator[EmbeddedAzure]:
+        [port] = ports
+        url = f"{scheme}://127.0.0.1:{port}/{AZURE_ACCOUNT}"
 
         def is_ready() -> bool:
             try:
@@ -185,7 +187,10 @@ def embedded_azure(directory: Path, certificate: Certificate | None = None) -> I
             except httpx.HTTPError:
                 return False
 
-        _await_ready("Azurite", process, is_ready, directory)
+        with _running("Azurite", [*command, "--blobPort", str(port)], is_ready, directory, environment) as pid:
+            yield EmbeddedAzure(url, pid, key)
+
+    with on_free_ports(1, on_port) as server:
         with server.service() as service:
             if not service.get_container_client(BUCKET).exists(connection_verify=verify):
                 service.create_container(BUCKET, connection_verify=verify)
@@ -194,9 +199,15 @@ def embedded_azure(directory: Path, certificate: Certificate | None = None) -> I
 
 @contextlib.contextmanager
 def _running(
-    command: Sequence[str], directory: Path, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+    name: str,
+    command: Sequence[str],
+    is_ready: Callable[[], bool],
+    directory: Path,
+    environment: dict[str, str] | None = None,
+) -> Iterator[int]:
+    """Runs a server and yields its process id once it is ready; raises `start_error`'s error if it won't start."""
     with (directory / "server.log").open("ab") as log:
+        log_begin = log.tell()
         process = subprocess.Popen(
             die_with_parent(command),
             stdin=subprocess.DEVNULL,
@@ -207,7 +218,12 @@ def _running(
             start_new_session=True,
         )
     try:
-        yield process
+        deadline = time.monotonic() + _START_SECONDS
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise start_error(name, (directory / "server.log").read_bytes()[log_begin:].decode(errors="replace"))
+            time.sleep(0.1)
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -215,12 +231,3 @@ def _running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _await_ready(name: str, process: subprocess.Popen[bytes], is_ready: Callable[[], bool], directory: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while not is_ready():
-        if process.poll() is not None or time.monotonic() > deadline:
-            said = (directory / "server.log").read_text(errors="replace").splitlines()[-10:]
-            raise FinalError(f"{name} did not start:\n" + "\n".join(said))
-        time.sleep(0.1)

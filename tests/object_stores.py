@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import httpx
 from fault_proxy import FaultProxy, Request, fault_proxy
 
-from athena_backup.postgres.embedded import free_port
+from athena_backup.ports import free_ports
 from athena_backup.process import die_with_parent
 from athena_backup.store.clients import Keys, Way, open_azure, open_gcs, open_s3
 from athena_backup.store.objects import ObjectStore
@@ -63,7 +63,7 @@ def s3_server(server: EmbeddedS3) -> Server:
 @contextlib.contextmanager
 def moto_server() -> Iterator[str]:
     """moto's S3 server with one bucket; yields its address."""
-    port = free_port()
+    [port] = free_ports(1)
     command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(die_with_parent(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"

@@ -11,7 +11,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from sqlalchemy import URL
 
 from athena_backup.errors import FinalError
+from athena_backup.ports import on_free_ports, start_error
 
 _USER = "postgres"
 _START_SECONDS = 60
@@ -54,14 +54,6 @@ def binaries() -> Path:
     return Path(spec.origin).parent / "pginstall" / "bin"
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @dataclass(frozen=True)
 class EmbeddedServer:
     """A running server; its superuser is ``postgres``, and loopback connections need no password."""
@@ -83,22 +75,27 @@ def embedded_server(directory: Path, settings: Mapping[str, str] | None = None) 
 
     ``settings`` are added to its configuration. Raises `FinalError`, with the end of the server's log, if it won't start.
     """
-    program = binaries() / "postgres"
     _initialize(directory)
-    port = free_port()
+    with on_free_ports(1, lambda ports: _running(directory, ports[0], settings or {})) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _running(directory: Path, port: int, settings: Mapping[str, str]) -> Iterator[EmbeddedServer]:
     options = {
         "listen_addresses": "127.0.0.1",
         "unix_socket_directories": "",
         "fsync": "off",
         "shared_buffers": "64MB",
         "max_wal_size": "512MB",
-        **(settings or {}),
+        **settings,
     }
-    command = [str(program), "-D", str(directory), "-p", str(port)]
+    command = [str(binaries() / "postgres"), "-D", str(directory), "-p", str(port)]
     for name, value in options.items():
         command += ["-c", f"{name}={value}"]
     log_path = directory.with_name(f"{directory.name}.log")
     with log_path.open("ab") as log:
+        log_begin = log.tell()
         process = subprocess.Popen(
             _as_user(command, bind_to_parent=True),
             stdin=subprocess.DEVNULL,
@@ -107,7 +104,8 @@ def embedded_server(directory: Path, settings: Mapping[str, str] | None = None) 
             start_new_session=True,
         )
     try:
-        _await_start(process, port, log_path)
+        if not _has_started(process, directory):
+            raise start_error("PostgreSQL", log_path.read_bytes()[log_begin:].decode(errors="replace"))
         yield EmbeddedServer(port, process.pid, directory)
     finally:
         # SIGINT is PostgreSQL's fast shutdown, SIGQUIT the immediate one (manual, "Shutting Down the Server").
@@ -160,19 +158,16 @@ def _as_user(command: list[str], *, bind_to_parent: bool) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _AS_USER, str(uid), str(gid), str(parent), *command]
 
 
-def _await_start(process: "subprocess.Popen[bytes]", port: int, log_path: Path) -> None:
+def _has_started(process: "subprocess.Popen[bytes]", directory: Path) -> bool:
+    """Waits until this server takes connections; a probe of its port could be answered by another that has taken it."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        ready = subprocess.run(
-            [str(binaries() / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)], stdin=subprocess.DEVNULL
-        )
-        if ready.returncode == 0:
-            return
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
-    process.kill()
-    process.wait()
-    tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-10:])
-    raise FinalError(f"PostgreSQL did not start on port {port}:\n{tail}")
+            return False
+        # The first line is the process, the eighth its state (PostgreSQL's source, src/include/utils/pidfile.h).
+        with contextlib.suppress(FileNotFoundError):
+            lines = (directory / "postmaster.pid").read_text().splitlines()
+            if lines[:1] == [str(process.pid)] and [line.strip() for line in lines[7:8]] == ["ready"]:
+                return True
+    return False
