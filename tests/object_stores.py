@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import unquote
 
 import httpx
@@ -60,11 +59,28 @@ def s3_server(server: EmbeddedS3) -> Server:
     return Server("s3", server.endpoint, opener, _renewed(server.access), server.access)
 
 
+# Of a conditional PUT moto looks first and writes then, and another of its threads may write between; S3 and Google let one win.
+_MOTO = """
+import threading
+from moto.s3.responses import S3Response
+from moto.server import main
+
+lock, put_object = threading.Lock(), S3Response.put_object
+
+def put_one_at_a_time(self):
+    with lock:
+        return put_object(self)
+
+S3Response.put_object = put_one_at_a_time
+main()
+"""
+
+
 @contextlib.contextmanager
 def moto_server() -> Iterator[str]:
     """moto's S3 server with one bucket; yields its address."""
     [port] = free_ports(1)
-    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", _MOTO, "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(die_with_parent(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
