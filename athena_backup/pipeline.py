@@ -33,6 +33,8 @@ _FRAMES_AHEAD = 1
 """Raw frames that wait to be compressed: who reads and who compresses take turns at the cores, and neither is to wait until the
 other has had one. Without it a core was idle for 4 % more of a backup (tried).
 """
+_CROWD = 4
+"""Beside so many streams no frame waits: some thread always has work, and of eight streams it would be 32 MiB."""
 _AHEAD_BYTES = 4 << 20
 _GRACE_SECONDS = 5.0
 _Result = TypeVar("_Result")
@@ -59,21 +61,37 @@ def write_stream(
     part_limit_bytes: int = PART_LIMIT_BYTES,
     threads: Callable[[], int] = lambda: 1,
     on_read: Callable[[], None] = lambda: None,
+    beside: int = 0,
 ) -> tuple[Part, ...]:
     """Store the whole of ``source`` as one part or more; ``key_of`` gives the key of part 0, 1, …
 
     A part is a whole number of zstd frames, each with its content checksum; ``cat part.* | zstd -d`` gives the stream back.
     ``part_limit_bytes`` is what a part holds compressed, at which the next begins; ``threads`` is asked before each frame
-    how many may compress at once; ``on_read`` is called when the source has been read and only the store is waited for.
+    how many may compress at once; ``on_read`` is called when the source has been read and only the store is waited for;
+    ``beside`` is how many other streams are about to be written at the same time.
     Raises what the source or store raises.
     """
     parts: list[Part] = []
     chunks = source.open(operation)
+    frames_ahead = _FRAMES_AHEAD if beside < _CROWD else 0
+
+    def compressed(blocks: Iterator[bytes]) -> Iterator[bytes]:
+        return _compressed(blocks, threads, frames_ahead)
+
     with contextlib.closing(_Lookahead(chunks)) as ahead:
         while ahead.more or not parts:
             parts.append(
                 _write_part(
-                    *(ahead, source.component, store, key_of(len(parts)), operation, part_limit_bytes, threads, on_read)
+                    *(
+                        ahead,
+                        source.component,
+                        store,
+                        key_of(len(parts)),
+                        operation,
+                        part_limit_bytes,
+                        compressed,
+                        on_read,
+                    )
                 )
             )
     return tuple(parts)
@@ -108,8 +126,10 @@ class _Lookahead:
                 close()
 
 
-def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator[bytes]:
+def _compressed(blocks: Iterator[bytes], threads: Callable[[], int], frames_ahead: int) -> Iterator[bytes]:
     """Each block as a zstd frame, in order; while some are compressed the next are read and the one before is stored.
+
+    ``frames_ahead`` blocks more than threads are read, and wait.
 
     One call a frame: where zstd is fed piece by piece it first copies what it gets, and then finds matches more slowly.
     """
@@ -127,11 +147,11 @@ def _compressed(blocks: Iterator[bytes], threads: Callable[[], int]) -> Iterator
             idle.append(compressor)
         return frame
 
-    with ThreadPoolExecutor(THREADS_LIMIT + _FRAMES_AHEAD, "zstd") as pool:
+    with ThreadPoolExecutor(THREADS_LIMIT + frames_ahead, "zstd") as pool:
         for number, block in enumerate(blocks):
             limit = min(threads(), THREADS_LIMIT)
             gate.limit_to(limit)
-            frames = [waiting.popleft().result() for _ in range(len(waiting) + 1 - limit - _FRAMES_AHEAD)]
+            frames = [waiting.popleft().result() for _ in range(len(waiting) + 1 - limit - frames_ahead)]
             waiting.append(pool.submit(compress, number, block))
             yield from frames
         while waiting:
@@ -176,7 +196,7 @@ def _write_part(
     key: str,
     operation: Operation,
     limit_bytes: int,
-    threads: Callable[[], int],
+    compress: Callable[[Iterator[bytes]], Iterator[bytes]],
     on_read: Callable[[], None],
 ) -> Part:
     digest = hashlib.sha256()
@@ -200,7 +220,7 @@ def _write_part(
 
     def compressed() -> Iterator[bytes]:
         nonlocal size_bytes
-        for frame in _compressed(blocks(), threads):
+        for frame in compress(blocks()):
             digest.update(frame)
             compressing.popleft()
             size_bytes += len(frame)

@@ -97,6 +97,7 @@ def write_volume(
             part_limit_bytes=part_limit_bytes,
             threads=threads,
             on_read=turn.give_back,
+            beside=turn.others,
         )
         return Stream(name=name, parts=parts)
 

@@ -64,6 +64,8 @@ class Service:
     pid: int
     api_url: str
     prefect_url: str
+    http: httpx.Client
+    """Made once: each new one would read all certificate authorities of the machine, on the cores that are measured."""
 
     def parts(self) -> dict[str, int]:
         """Its standing processes: what each is, and its pid."""
@@ -108,12 +110,10 @@ class Service:
 
     def _post(self, kind: str, timestamp: str | None) -> str:
         body = {"timestamp": timestamp, "sourceNamespace": "app"} if timestamp is not None else {}
-        answer = httpx.post(
+        answer = self.http.post(
             f"{self.api_url}/ondemand{kind}",
             content=json.dumps(body),
             headers={"Authorization": _KEY, "Content-Type": "application/json"},
-            timeout=60,
-            trust_env=False,
         )
         if answer.status_code != httpx.codes.ACCEPTED:
             raise OursFailedError(f"the POST was answered with {answer.status_code}: {answer.text}")
@@ -151,7 +151,7 @@ class Service:
     def _prefect(self, method: str, path: str, body: Mapping[str, object] | None) -> Any:
         deadline = time.monotonic() + 30
         while True:
-            answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
+            answer = self.http.request(method, f"{self.prefect_url}/api{path}", json=body)
             # Its database is locked by another writer for a moment.
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                 answer.raise_for_status()
@@ -216,8 +216,8 @@ def running_service(
         addresses = _addresses(said)
         if len(addresses) < 2:
             raise OursFailedError("the service did not start:\n" + "\n".join(said[-30:]))
-        service = Service(process.pid, addresses["API"], addresses["Prefect UI"])
-        yield service
+        with httpx.Client(timeout=60, trust_env=False) as http:
+            yield Service(process.pid, addresses["API"], addresses["Prefect UI"], http)
     finally:
         process.send_signal(signal.SIGINT)
         try:

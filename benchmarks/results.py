@@ -56,10 +56,13 @@ class Limit:
         needed = self.server_cpu_seconds + self.zstd_cpu_seconds + self.receive_cpu_seconds
         return (needed + (self.loopback_cpu_seconds if remote else 0.0)) / cores()
 
+    def store_seconds(self) -> float:
+        """The same with an S3 server on these cores, which does more with the bytes than take them from loopback."""
+        return self.seconds(remote=False) + self.store_cpu_seconds / cores()
+
     def whole_seconds(self, *, remote: bool) -> float:
         """The same with what a set needs besides, and the S3 server."""
-        store = self.store_cpu_seconds if remote else 0.0
-        return self.seconds(remote=False) + (self.sha256_cpu_seconds + store) / cores()
+        return (self.store_seconds() if remote else self.seconds(remote=False)) + self.sha256_cpu_seconds / cores()
 
 
 @dataclass

@@ -55,6 +55,9 @@ def _rows(results: Results) -> Iterator[tuple[str, str, str, str] | None]:
         for limit in results.median_limits(DATABASES):
             what = f"{DATABASES}, backup: {name} ÷ limit with {limit.form} COPY"
             yield _row(what, mine / limit.seconds(remote=remote) if mine else None, _LIMIT)
+            if remote:
+                what += " and all that the S3 server does on the same cores"
+                yield _row(what, mine / limit.store_seconds() if mine else None, _LIMIT)
     first, last = (results.seconds(growth_case(units), OURS, "backup") for units in (GROWTH_UNITS[0], GROWTH_UNITS[-1]))
     yield _row("16x the data ÷ 1x, backup", last / first if first and last else None, _GROWTH)
     first, last = (

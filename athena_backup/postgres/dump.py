@@ -128,6 +128,7 @@ def write_database(
             operation,
             part_limit_bytes=limit_bytes,
             on_read=turn.give_back,
+            beside=turn.others,
         )
 
     crew = crew or Crew(1)

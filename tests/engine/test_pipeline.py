@@ -183,6 +183,30 @@ def test_as_many_frames_are_compressed_at_once_as_are_allowed(
     assert read(local_store, parts) == data * frames
 
 
+@pytest.mark.parametrize(("beside", "waiting"), [(0, 1), (3, 1), (4, 0), (7, 0)])
+def test_a_frame_waits_unless_many_streams_are_written_beside(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, beside: int, waiting: int
+) -> None:
+    are_read = [threading.Event() for _ in range(6)]
+
+    def before(number: int) -> None:
+        if number == 0:
+            # Behind the frame at work and those that wait one more has been read, and looked whether there is another.
+            assert are_read[waiting + 2].wait(20)
+            assert not are_read[waiting + 3].wait(0.2)
+
+    def chunks(_: Operation) -> Iterator[bytes]:
+        for is_read in are_read:
+            is_read.set()
+            yield noise(pipeline.FRAME_BYTES)
+
+    Compressing(monkeypatch, before)
+    parts = write_stream(
+        *(Source("asp", chunks), local_store, lambda number: f"set/{number}", Operation()), beside=beside
+    )
+    assert parts[0].raw_size_bytes == 6 * pipeline.FRAME_BYTES
+
+
 def test_what_compressing_raises_reaches_the_caller_and_leaves_no_part(
     local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
