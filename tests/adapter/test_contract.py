@@ -84,7 +84,8 @@ class TestBackup:
         assert re.fullmatch(f"Request Accepted with timestamp {FORM}", message(answer))
         timestamp = answer.json()["message"].rpartition(" ")[2]
         first = service.call("GET", "/backup/latest")
-        assert time.monotonic() - posted < 1.0
+        # It takes a tenth of that: only what is slow by its nature fails here, not a busy machine.
+        assert time.monotonic() - posted < 5
         assert first.json() == {"status": ALL_PENDING}
         assert service.call("GET", "/backup/status").json().keys() == {"status"}
         lines = set()

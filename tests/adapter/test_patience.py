@@ -54,7 +54,7 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again_at_once(busy_server: 
         began = time.monotonic()
         assert client.hello().json() == "well"
         # Prefect's own client would have given up, after two waits of about two seconds each.
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 3.5
 
 
 def test_a_server_that_stays_busy_is_told(busy_server: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> None:

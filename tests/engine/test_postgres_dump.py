@@ -176,7 +176,7 @@ def test_a_truncate_in_the_middle_waits_and_every_row_is_in_the_dump(
 
         def meddle() -> None:
             truncating.start()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while not cut.of(database.name).waiting():
                 assert time.monotonic() < deadline
                 threading.Event().wait(0.02)
@@ -202,7 +202,7 @@ def test_ddl_in_front_of_pg_dump_fails_the_component_and_is_named(
     truncating = threading.Thread(target=lambda: run(postgres, database, "TRUNCATE t /* in front */"))
     with hold_cut([database], Operation()) as cut:
         truncating.start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not cut.of(database.name).waiting():
             assert time.monotonic() < deadline
             threading.Event().wait(0.02)

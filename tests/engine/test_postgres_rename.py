@@ -124,7 +124,7 @@ def test_a_cancelled_switch_or_loading_says_that_it_was_cancelled(
         began = time.monotonic()
         with pytest.raises(CancelledError, match="by a person"):
             switch_database(database, staged.oid, RESTORE, "app", operation)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 4.5  # RENAME itself gives up after five
 
 
 def test_a_staging_that_somebody_replaced_is_never_switched_in(

@@ -62,7 +62,7 @@ def test_writers_that_work_in_a_replaced_folder_do_not_fail_the_switch(
             stage_volume(component, local_store, live, RESTORE_ID, Operation())
             switch_volume(live, RESTORE_ID, Operation())
             assert os.listdir(live) == ["new"]
-            assert writer.wait(10) == 0
+            assert writer.wait(60) == 0
         finally:
             writer.kill()
             writer.wait()

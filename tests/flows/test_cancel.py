@@ -1,4 +1,4 @@
-"""Who cancels a run in Prefect sees it end within seconds as Cancelled; nothing else that stops a run is called so."""
+"""Who cancels a run in Prefect sees it end soon as Cancelled; nothing else that stops a run is called so."""
 
 import json
 
@@ -28,10 +28,8 @@ def cancel(service: Service, child: str) -> str:
     with service.stopped_child(child):
         run = newest_run(service)["id"]
         service.prefect("POST", f"/flow_runs/{run}/set_state", CANCELLING)
-    await_true(lambda: service.run_state(run) not in ("RUNNING", "CANCELLING"), "the run's end", 20)
-    await_true(
-        lambda: not any("prefect.engine" in one for one in service.processes().values()), "no process is left", 5
-    )
+    await_true(lambda: service.run_state(run) not in ("RUNNING", "CANCELLING"), "the run's end")
+    await_true(lambda: not any("prefect.engine" in one for one in service.processes().values()), "no process is left")
     return service.run_state(run)
 
 
