@@ -78,9 +78,10 @@ def read_archives(
                     pass
             archive.check_end()
 
-    (crew or Crew(1)).run(
-        [Unit(sum(part.raw_size_bytes for part in stream.parts), partial(read, stream)) for stream in component.streams]
-    )
+    units = [
+        Unit(sum(part.raw_size_bytes for part in stream.parts), partial(read, stream)) for stream in component.streams
+    ]
+    (crew or Crew(1)).run(units, operation.check)
     counted.check()
 
 

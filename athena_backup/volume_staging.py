@@ -22,6 +22,7 @@ MOVING_OUT, MOVING_IN, SWITCHED = b"moving out", b"moving in", b"switched"
 """The states of a switch; `volume_exchange` tells what each means."""
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESTORE_ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_DEFAULT_ACL = "system.posix_acl_default"
 _AGAIN_LIMIT = 1_000
 """How often a folder that is filled anew while it is removed is emptied again."""
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -99,6 +100,12 @@ def made_staging(root: Path, restore_id: str) -> Iterator[int]:
     with opened_root(root) as descriptor:
         before = os.fstat(descriptor)
         with opened_folder(descriptor, staging_name(restore_id), make=True) as staging:
+            # All that is made below would inherit it from the live root, and from all restored folders what comes later (acl(5)).
+            try:
+                os.removexattr(staging, _DEFAULT_ACL)
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+                    raise
             # Made now: where the staging fills the last inode, it can only be removed under a lock that is there already.
             os.close(os.open(LOCK, LOCK_FLAGS, 0o600, dir_fd=staging))
             os.utime(descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))

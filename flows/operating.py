@@ -24,7 +24,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.context import FlowRunContext
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
@@ -75,6 +75,8 @@ class Working:
     """Of a backup: the cut that the flow holds while its tasks read."""
     staged: dict[str, StagedDatabase] = field(default_factory=dict)
     """Of a restore: the staged databases by component, which their switches address."""
+    begun: set[str] = field(default_factory=set)
+    """Of a restore: the databases that were begun to be loaded."""
     notes: dict[str, Sequence[str]] = field(default_factory=dict)
     """Of a restore: what of each component did not come back as it was, in words."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Working:
         try:
             with get_client(sync_client=True) as client:
                 state = client.read_flow_run(self.run_id).state
-        except (httpx.HTTPError, PrefectHTTPStatusError):
+        except (httpx.HTTPError, PrefectHTTPStatusError, ObjectNotFound):
             return False
         return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 

@@ -153,6 +153,10 @@ def stage(name: str) -> None:
             working.notes[name] = [f"could not be set here: {loss}" for loss in restored.losses]
             return
         target = database_of(name, working.settings)
+        if name in working.begun:
+            # It is there still if the server was away when it was to be dropped: nothing is loaded into what was half loaded.
+            discard_staging(target, restore_id(working))
+        working.begun.add(name)
         try:
             working.staged[name] = stage_database(
                 component,

@@ -131,6 +131,21 @@ def _guard(
     every_look: Callable[[], None] | None,
     stopped: threading.Event,
 ) -> None:
+    try:
+        _guarding(lease, operation, run_id, every_look, stopped)
+    except Exception as error:
+        # Without a guard the slot is soon somebody else's, who takes what this operation has built for left behind.
+        logger.exception("the guard of the slot failed")
+        operation.cancel(f"the slot can't be guarded any more: {type(error).__name__}: {error}")
+
+
+def _guarding(
+    lease: UUID,
+    operation: Operation,
+    run_id: UUID | None,
+    every_look: Callable[[], None] | None,
+    stopped: threading.Event,
+) -> None:
     parent = os.getppid()
     renewed = time.monotonic()
     next_renewal = renewed + RENEW_SECONDS
@@ -167,5 +182,8 @@ def _end_soon() -> None:
 
 
 def _ended(client: SyncPrefectClient, run_id: UUID) -> bool:
-    state = client.read_flow_run(run_id).state
+    try:
+        state = client.read_flow_run(run_id).state
+    except ObjectNotFound:  # somebody deleted it, in Prefect's UI for example
+        return True
     return state is not None and state.type in _CLOSED_STATES

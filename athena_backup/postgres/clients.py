@@ -16,6 +16,10 @@ _INSTALLATIONS = (
     "/opt/homebrew/opt/postgresql*/bin",
 )
 _VERSION_SECONDS = 20
+BROKEN_CONNECTION = re.compile(
+    r"server closed the connection|terminating connection|could not connect|connection to server|Connection refused"
+)
+"""What a client program says of a server that went away."""
 
 
 def find_client(name: str, server_version: int, directories: Sequence[Path] = ()) -> Path:

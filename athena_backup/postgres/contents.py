@@ -12,6 +12,9 @@ from dataclasses import dataclass
 _LINE = re.compile(rb"^(?P<number>\d+); (?P<catalog>\d+) (?P<oid>\d+) (?P<rest>.*)$|^;\tdepends on:(?P<needs>[ \d]*)$")
 # "ACL" and its like are no catalog's rows, so their kind is all that tells them.
 _RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
+_VIEW_DATA = re.compile(rb"^\d+; \d+ \d+ MATERIALIZED VIEW DATA ")
+# A comment or label is no catalog's row either: its tag says of what it is.
+_EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ (?:EVENT TRIGGER |(?:COMMENT|SECURITY LABEL) \S+ EVENT TRIGGER )")
 _PG_CLASS, _PG_CONSTRAINT, _PG_STATISTIC_EXT = 1259, 2606, 3381
 # pg_proc, pg_operator, pg_opclass and pg_opfamily: what somebody wrote may look into tables that are not full yet.
 _CODE_CATALOGS = frozenset({1255, 2617, 2616, 2753})
@@ -59,6 +62,16 @@ def are_rights(line: bytes) -> bool:
 def but_rights(entries: Sequence[bytes]) -> list[bytes]:
     """The entries without those that grant or revoke."""
     return [entry for entry in entries if not are_rights(entry)]
+
+
+def fills_view(line: bytes) -> bool:
+    """Whether an entry fills a materialized view."""
+    return _VIEW_DATA.match(line) is not None
+
+
+def is_event_trigger(line: bytes) -> bool:
+    """Whether an entry is an event trigger or says something of one."""
+    return _EVENT_TRIGGER.match(line) is not None
 
 
 class Contents:

@@ -28,7 +28,7 @@ from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.bulk import BULK_BYTES, BulkTable, TableRange, bulk_tables, range_size
-from athena_backup.postgres.clients import client_version, find_client
+from athena_backup.postgres.clients import BROKEN_CONNECTION, client_version, find_client
 from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.copy_login import unreachable
 from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows
@@ -69,9 +69,6 @@ _KNOWN_WARNINGS: tuple[tuple[re.Pattern[str], bool], ...] = (
     (re.compile(r"^pg_dump: warning: could not resolve dependency loop"), False),
     (re.compile(r'^WARNING:  database ".*" has a collation version mismatch$'), False),
     (re.compile(r"^(pg_dump: (detail|hint): |DETAIL:  |HINT:  )"), False),
-)
-_BROKEN_CONNECTION = re.compile(
-    r"server closed the connection|terminating connection|could not connect|connection to server|Connection refused"
 )
 
 
@@ -271,9 +268,10 @@ class _Dump:
         seen_bytes = 0
         with running(command, operation, environment=environment, writes=True) as child:
             descriptor = child.stdout.fileno()
+            ready = _readable(descriptor)
             while True:
                 # Also while it says nothing, as where it waits for a server: what it reads may be lost by then.
-                is_ready, _, _ = select.select([descriptor], [], [], LOOK_SECONDS)
+                is_ready = ready.poll(LOOK_SECONDS * 1_000)
                 operation.check()
                 self._held.check()
                 turn.check()
@@ -320,7 +318,7 @@ class _Dump:
                 next_step="run DDL outside of backups",
                 step="locking the tables",
             )
-        if ended.exit_code > 0 and _BROKEN_CONNECTION.search(said):
+        if ended.exit_code > 0 and BROKEN_CONNECTION.search(said):
             return PassingError(ended.how(), step="dumping")
         return FinalError(ended.how(), step="dumping")
 
@@ -330,6 +328,13 @@ def is_known_warning(line: str) -> bool | None:
     if not line.strip():
         return False
     return next((omits for pattern, omits in _KNOWN_WARNINGS if pattern.search(line)), None)
+
+
+def _readable(descriptor: int) -> select.poll:
+    """What waits for a descriptor, of whatever number: select(2) knows none from 1024 on, and a volume's files may have those."""
+    ready = select.poll()
+    ready.register(descriptor, select.POLLIN)
+    return ready
 
 
 def write_globals(
@@ -352,8 +357,9 @@ def write_globals(
     sql = bytearray()
     deadline = time.monotonic() + _GLOBALS_LIMIT_SECONDS
     with running(command, operation, environment=environment, writes=True) as child:
+        ready = _readable(child.stdout.fileno())
         while True:
-            is_ready, _, _ = select.select([child.stdout], [], [], LOOK_SECONDS)
+            is_ready = ready.poll(LOOK_SECONDS * 1_000)
             operation.check()
             if time.monotonic() > deadline:
                 raise PassingError(

@@ -1,15 +1,16 @@
 """A database's streams into its staging database ("PostgreSQL", section 4).
 
 First the schema, then the dump's data and all streams of bulk tables at once, and the indexes and keys of a big table as soon as
-its last row is in; then everything else: other indexes, foreign keys, triggers and, last of all, the rights: an owner may have
-taken his own right to write from himself.
+its last row is in; then everything else: other indexes, foreign keys, triggers and the rights: an owner may have taken his own
+right to write from himself. What runs the database's own code comes last of all, when the rows have been compared: a query of a
+materialized view may draw from a sequence, an event trigger may keep a log.
 """
 
 import contextlib
 import logging
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import IO
 from sqlalchemy import text
 
 from athena_backup.crew import Crew, Turn, Unit
-from athena_backup.errors import AthenaError, FinalError, PassingError
+from athena_backup.errors import AthenaError, FinalError, PassingError, UnavailableError
 from athena_backup.manifest import Component, Stream
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
-from athena_backup.postgres.clients import client_version
+from athena_backup.postgres.clients import BROKEN_CONNECTION, client_version
 from athena_backup.postgres.contents import but_rights, lines_of
 from athena_backup.postgres.copy_in import LOADING_SETTINGS, load_ranges
 from athena_backup.postgres.load_plan import WORKERS, IndexWorkers, Plan
@@ -42,6 +43,7 @@ from athena_backup.store import Store
 
 # pg_restore sets it whatever server it talks to, since version 17; an older server doesn't know it.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
+_IDLE_SESSION_TIMEOUT_SINCE = 140_000
 _ANALYZE_ONLY_SINCE = 180_000
 _SECTIONS = ("pre-data", "data", "post-data")
 # A table with foreign descendants is not among them: their servers would be asked, and may be gone.
@@ -52,12 +54,16 @@ _ANALYZED = text(
     " SELECT n.nspname AS schema_name, c.relname AS name, c.relkind OPERATOR(pg_catalog.=) 'p' AS is_partitioned,"
     " coalesce(pg_catalog.pg_table_size(c.oid), 0)::bigint AS size_bytes"
     " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
-    " WHERE c.relkind IN ('r', 'm', 'p') AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_toast'"
+    " WHERE c.relkind::text OPERATOR(pg_catalog.=) ANY (CAST(:kinds AS text[])) AND n.nspname <> 'information_schema'"
+    " AND n.nspname !~ '^pg_toast'"
     " AND c.relpersistence <> 't' AND c.oid NOT IN (SELECT oid FROM asking) ORDER BY size_bytes DESC, c.oid"
 )
+_TABLES, _VIEWS = ("r", "p"), ("m",)
 _BATCH_BYTES = 64 << 20
 _BATCH_LIMIT = 500
 logger = logging.getLogger("athena_backup.postgres")
+# As in our own sessions; all else that could hinder a load pg_restore sets itself.
+_CHILD_SETTINGS = {"default_transaction_read_only": "off"}
 SOON_BYTES = 64 << 20
 """Of smaller tables the indexes are made by one parallel pg_restore at the end, without a process for each."""
 
@@ -76,8 +82,13 @@ class Loading:
     soon_bytes: int = SOON_BYTES
     """From how many raw bytes on a table's indexes are made while other tables load."""
 
-    def run(self, crew: Crew) -> None:
-        """Load everything and analyze it; raises the first thing that fails: the staging database is of no use then."""
+    @contextlib.contextmanager
+    def loaded(self, crew: Crew) -> Iterator[Callable[[], None]]:
+        """Load all rows and what belongs to them, and analyze it; raises the first thing that fails.
+
+        Yields what is to be called once the rows have been compared: it fills materialized views and makes event triggers. The
+        staging database is of no use where anything was raised.
+        """
         head = self._head(self.component.streams[0])
         with unnamed_file(head.content) as archive:
             sections = {section: lines_of(head.listing(f"--section={section}")) for section in _SECTIONS}
@@ -90,7 +101,15 @@ class Loading:
                 workers = IndexWorkers.of(connection)
             plan = Plan(self, archive, head.listing("--verbose"), sections, last, crew.jobs, workers)
             crew.run(plan.units, self.operation.check)
-        self._analyze_rest(crew, frozenset(plan.analyzed))
+            self._analyze_rest(crew, _TABLES, frozenset(plan.analyzed))
+            yield partial(self._run_code, crew, plan)
+
+    def _run_code(self, crew: Crew, plan: Plan) -> None:
+        if plan.filling_views:
+            crew.run(plan.filling_views, self.operation.check)
+            self._analyze_rest(crew, _VIEWS)
+        # After the views, each of which they would be told of, and behind the last login but that of who makes them.
+        crew.run(plan.event_triggers, self.operation.check)
 
     def _head(self, dump: Stream) -> ArchiveHead:
         head = ArchiveHead(self.client, "latin-1", self.operation)
@@ -126,7 +145,9 @@ class Loading:
             command += ["--exit-on-error", f"--jobs={jobs}"] if jobs > 1 else ["--exit-on-error"]
         url = self.staging.url
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", **libpq_environment(url)}
-        wanted = LOADING_SETTINGS | ({WORKERS: str(workers)} if workers is not None else {})
+        wanted = LOADING_SETTINGS | _CHILD_SETTINGS | ({WORKERS: str(workers)} if workers is not None else {})
+        if self.server >= _IDLE_SESSION_TIMEOUT_SINCE:
+            wanted["idle_session_timeout"] = "0"  # of one worker, while another makes the last index
         given = environment["PGOPTIONS"]  # which the URL may have
         environment["PGOPTIONS"] += "".join(f" -c {one}={value}" for one, value in wanted.items() if one not in given)
         feeding = None
@@ -151,19 +172,21 @@ class Loading:
         if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):
             if any("deadlock detected" in line for line in ended.stderr):
                 raise PassingError(ended.how())
+            if any(BROKEN_CONNECTION.search(line) for line in ended.stderr):
+                raise UnavailableError(ended.how())
             raise FinalError(
                 ended.how(), next_step="the live database is untouched; correct the cause and restore again"
             )
         if feeding is not None and not feeding.finished:
             raise FinalError("pg_restore ended before it had read the whole dump")
 
-    def _analyze_rest(self, crew: Crew, analyzed: Collection[str]) -> None:
-        """ANALYZE whatever a bare ANALYZE would and that is not ``analyzed``, several tables at once, the biggest first."""
+    def _analyze_rest(self, crew: Crew, kinds: Sequence[str], analyzed: Collection[str] = ()) -> None:
+        """ANALYZE what a bare ANALYZE would, of some kinds (as in pg_class) and not ``analyzed``, the biggest first."""
         with session(self.staging.url) as connection:
             tables = [
                 # Without ONLY all of its partitions again, which have their own turns.
                 (f"ONLY {name}" if row.is_partitioned and self.server >= _ANALYZE_ONLY_SINCE else name, row.size_bytes)
-                for row in connection.execute(_ANALYZED)
+                for row in connection.execute(_ANALYZED, {"kinds": list(kinds)})
                 if (name := f"{quoted(row.schema_name)}.{quoted(row.name)}") not in analyzed
             ]
         batches: list[tuple[list[str], int]] = []
@@ -178,12 +201,16 @@ class Loading:
     def analyze(self, tables: Sequence[str], turn: Turn) -> None:
         """ANALYZE some tables, one after the other, by their quoted names.
 
-        One that can't be is told in the log: its rows are there, and autovacuum looks at it again.
+        One that can't be is told in the log: its rows are there, and autovacuum looks at it again. A server that went away is
+        no such one: what it had not written to the disk yet is not there.
         """
         turn.check()
         try:
             with session(self.staging.url, LOADING_SETTINGS) as connection, cancelled_with(connection, self.operation):
                 run_sql(connection, f"ANALYZE {', '.join(tables)}")
+        except UnavailableError:
+            self.operation.check()
+            raise
         except AthenaError as error:
             self.operation.check()
             if len(tables) > 1:

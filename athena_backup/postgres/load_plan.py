@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, text
 
 from athena_backup.crew import Turn, Unit
-from athena_backup.errors import PassingError
+from athena_backup.errors import PassingError, UnavailableError
 from athena_backup.manifest import Stream
 from athena_backup.postgres.bulk import table_oid
-from athena_backup.postgres.contents import Contents, ForeignKey, TableEntries, are_rights, but_rights
+from athena_backup.postgres.contents import (
+    Contents,
+    ForeignKey,
+    TableEntries,
+    are_rights,
+    but_rights,
+    fills_view,
+    is_event_trigger,
+)
 from athena_backup.postgres.sessions import is_on_this_machine, quoted
 
 if TYPE_CHECKING:
@@ -65,6 +73,10 @@ class Plan:
         name, that are loaded one by one when all others are full; ``jobs``: how many units can be at work.
         """
         self.units: list[Unit[None]] = []
+        self.filling_views: list[Unit[None]] = []
+        """What fills the materialized views, whose queries may call anything."""
+        self.event_triggers: list[Unit[None]] = []
+        """What makes the event triggers, of which the next DDL, or the next login, calls the functions."""
         self.analyzed: list[str] = []
         """The tables that are analyzed by one of the units."""
         self._loading = loading
@@ -122,9 +134,17 @@ class Plan:
             for oid, units in loaded.items()
         }
         everything += self._add_foreign_keys(contents.foreign_keys(), full, made_at)
-        rest = [*(line for line in after if line not in made_at), *rights]
+        views = [line for line in after if fills_view(line)]
+        triggers = [line for line in after if is_event_trigger(line)]
+        others = {*made_at, *views, *triggers}
+        rest = [*(line for line in after if line not in others), *rights]
+        size_bytes = loading.component.raw_size_bytes
         if rest:
-            self._add(loading.component.raw_size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
+            self._add(size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
+        if views:
+            self.filling_views.append(Unit(size_bytes, self._make(views), is_elastic=True))
+        if triggers:
+            self.event_triggers.append(Unit(0, self._make(triggers)))
 
     def _add_foreign_keys(
         self, keys: Sequence[ForeignKey], full: Mapping[int, Sequence[int]], made_at: dict[bytes, int]
@@ -183,6 +203,8 @@ class Plan:
                 try:
                     self._loading.restore(self._archive, entries=lines, jobs=sessions, workers=workers, turn=turn)
                     return
+                except UnavailableError:
+                    raise  # whether the entry was made is unknown
                 except PassingError:
                     # An index by which its table is clustered, or that is its replica identity, takes a second, stronger lock
                     # once it is made. Of two that waited for each other's, one has left nothing: an entry is one transaction.

@@ -167,9 +167,13 @@ def stage_database(
     client = restoring_client(facts, server, client_directories)
     staging_url = target.url.set(database=name)
     staging, crew = Database(component.name, staging_url), crew or Crew(1)
-    Loading(component, staging, client, server, store, operation, soon_bytes).run(crew)
-    with session(staging_url) as inside, cancelled_with(inside, operation):
+    with (
+        Loading(component, staging, client, server, store, operation, soon_bytes).loaded(crew) as run_code,
+        session(staging_url) as inside,
+        cancelled_with(inside, operation),
+    ):
         _prove(inside, facts, component)
+        run_code()
         dress(inside, name, facts)
         disabled = subscriptions_of(inside, name)
         notes = changed_collations(inside, facts, server)

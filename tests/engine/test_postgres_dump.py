@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -22,7 +23,7 @@ from athena_backup.pipeline import read_stream
 from athena_backup.postgres import dump
 from athena_backup.postgres.clients import find_client
 from athena_backup.postgres.cut import Cut, hold_cut
-from athena_backup.postgres.dump import write_database
+from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database
 from athena_backup.store import Entry
@@ -348,6 +349,23 @@ def test_a_warning_that_is_not_known_fails_the_dump(
     with hold_cut([database], Operation()) as cut, pytest.raises(FinalError, match=message):
         back_up(database, local_store, cut, first=saying.parent)
     assert list(local_store.entries("")) == []
+
+
+def test_a_process_with_thousands_of_open_files_can_still_read_a_dump(
+    postgres: EmbeddedServer, database: Database, local_store: LocalStore
+) -> None:
+    """As one that holds all packs of a repository open: select(2) knows no descriptor from 1024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    run(postgres, database, "CREATE TABLE t AS SELECT 7 AS i")
+    with contextlib.ExitStack() as opened, hold_cut([database], Operation()) as cut:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4_096)), hard))
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_100):
+            opened.enter_context(open(os.devnull))
+        component = back_up(database, local_store, cut)
+        write_globals(cut.of(database.name), local_store, SET, Operation(), [binaries()])
+    with restored(component, local_store, postgres) as copy:
+        assert copy.execute("SELECT i FROM t").fetchall() == [(7,)]
 
 
 def test_a_pg_dump_that_is_too_old_is_refused_with_what_to_do() -> None:

@@ -220,6 +220,28 @@ def test_a_failed_staging_leaves_nothing(component: Component, local_store: Loca
     assert picture(live) == old
 
 
+@pytest.mark.skipif(not AS_ROOT, reason="a default list for another user")
+def test_what_the_live_root_would_give_to_new_entries_is_not_given_to_restored_ones(
+    component: Component, local_store: LocalStore, live: Path
+) -> None:
+    """Of the set no entry has an access control list."""
+    # user::rwx,user:1234:rwx,group::rwx,mask::rwx,other::--- as a default
+    entries = [(1, 7, -1), (2, 7, 1234), (4, 7, -1), (16, 7, -1), (32, 0, -1)]
+    acl = (2).to_bytes(4, "little") + b"".join(
+        tag.to_bytes(2, "little") + bits.to_bytes(2, "little") + (who & 0xFFFFFFFF).to_bytes(4, "little")
+        for tag, bits, who in entries
+    )
+    try:
+        os.setxattr(live, "system.posix_acl_default", acl)
+    except OSError as error:
+        pytest.skip(f"this file system has none: {error}")
+    staged(component, local_store, live)
+    switch_volume(live, RESTORE_ID, Operation())
+    lists = {path.name: os.listxattr(path) for path in [live, *live.rglob("*")]}
+    assert set(lists) >= {"live", "both", "inner", "only-new"}
+    assert not any(name.startswith("system.posix_acl") for names in lists.values() for name in names), lists
+
+
 def test_a_begun_switch_is_never_discarded(
     component: Component, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

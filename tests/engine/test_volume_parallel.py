@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tree_picture import picture
 
+from athena_backup import crew
 from athena_backup.crew import Crew, Unit
-from athena_backup.errors import AthenaError, FinalError, UnavailableError
+from athena_backup.errors import AthenaError, CancelledError, FinalError, UnavailableError
 from athena_backup.manifest import Component
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
@@ -164,6 +165,27 @@ def test_an_archive_that_fails_ends_one_that_waits_for_the_store(
         read_volume(component, watched, tmp_path / "new", Operation(), crew=Crew(2))
     assert not is_over.is_set()
     failing.cancel()
+
+
+def test_a_restore_that_is_cancelled_while_a_read_hangs_is_not_kept_by_it(
+    component: Component, watched: WatchedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a mount whose server is gone: nothing comes back, and nothing can be stopped."""
+    monkeypatch.setattr(crew, "_GRACE_SECONDS", 0.01)
+    operation, is_mended = Operation(), threading.Event()
+
+    def hanging(_key: str) -> None:
+        operation.cancel("a person said so")
+        assert is_mended.wait(WAIT_SECONDS)
+
+    watched.reading = hanging
+    (tmp_path / "new").mkdir()
+    try:
+        with pytest.raises(CancelledError, match="a person said so"):
+            read_volume(component, watched, tmp_path / "new", operation, crew=Crew(2))
+        assert not is_mended.is_set()
+    finally:
+        is_mended.set()
 
 
 def test_a_thread_that_nobody_waits_for_writes_nowhere_else(tmp_path: Path) -> None:

@@ -57,3 +57,15 @@ def test_a_backup_that_lost_its_slot_says_so_and_was_cancelled_by_nobody(service
         await_true(lambda: "ongoing" not in service.status(), "the backup's end", 60)
     status = service.status("/backup/status", json.dumps({"timestamp": timestamp}))
     assert ": error stopping: the slot was lost: its lease has ended" in status
+
+
+def test_a_run_that_somebody_deletes_ends_and_the_next_one_works(service: Service) -> None:
+    """Without its run nothing would renew its slot, and the next operation would take what it builds for left behind."""
+    service.start_backup()
+    with service.stopped_child("pg_dump"):
+        service.prefect("DELETE", f"/flow_runs/{newest_run(service)['id']}")
+        await_true(
+            lambda: not any("prefect.engine" in one for one in service.processes().values()), "no process is left", 90
+        )
+    await_true(lambda: service.call("POST", "/ondemandbackup").status_code == 202, "the slot is free again", 90)
+    await_true(lambda: service.status() == "Success", "the next backup's end")

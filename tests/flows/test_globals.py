@@ -9,7 +9,8 @@ from flows.backup import write_server_globals
 
 
 @pytest.mark.parametrize(
-    "error", [FinalError("pg_dumpall said no"), OSError(11, "no room for a process"), MemoryError()]
+    "error",
+    [FinalError("pg_dumpall said no"), OSError(11, "no room for a process"), MemoryError(), ValueError("unforeseen")],
 )
 def test_whatever_keeps_the_globals_from_the_set_is_only_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
