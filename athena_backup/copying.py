@@ -7,10 +7,12 @@ once more before the manifest is put, last. A copy that was broken off is comple
 One part at a time: reading and writing share out the buffers of both stores, and two streams more would double them.
 """
 
+import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from athena_backup.backup import put_once
 from athena_backup.catalog import is_marked_deleting, whole_manifest
@@ -30,7 +32,7 @@ from athena_backup.manifest import (
 from athena_backup.names import SetId
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_back, watched
-from athena_backup.store import Store, UnsettledError, read_document
+from athena_backup.store import Store, StoreLocation, UnsettledError, read_document
 
 _GLOBALS = "globals/"
 _STEP = "copying"
@@ -61,8 +63,19 @@ def copy_set(source: Store, target: Store, set_id: SetId, operation: Operation) 
         raise
 
 
+def _are_one(one: StoreLocation, other: StoreLocation) -> bool:
+    """Whether two locations are one place, however they are written."""
+    if one.type == other.type == "local":
+        with contextlib.suppress(OSError):  # one that is not there yet is no other
+            return os.path.samefile(one.place, other.place)
+    if one.endpoint:
+        # Of a server of one's own: most take any region for their own.
+        one, other = replace(one, region=""), replace(other, region="")
+    return one == other
+
+
 def _copy_set(source: Store, target: Store, set_id: SetId, operation: Operation) -> Copied:
-    if target.location == source.location:
+    if _are_one(target.location, source.location):
         raise FinalError(
             f"{target.location.place} is the store that the set is in", next_step="name another store for the copy"
         )

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from athena_backup.errors import FinalError
 
 LOOKS = 20
 """How often an entry that is replaced between the look at it and its opening is looked at again."""
+_LEASE_SECONDS = 60
+"""As long as the system lets anybody keep a file from others by default (/proc/sys/fs/lease-break-time), and some more."""
+_LEASE_LOOK_SECONDS = 0.05
 GONE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR}
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -69,11 +73,21 @@ def open_entry(entry: Entry) -> tuple[int, os.stat_result] | None:
 
 
 def open_quietly(name: bytes, flags: int, folder: int) -> int:
-    """Open without touching the access time where that is permitted: O_NOATIME is for a file's owner only (open(2))."""
-    try:
-        return os.open(name, flags | os.O_NOATIME, dir_fd=folder)
-    except PermissionError:
-        return os.open(name, flags, dir_fd=folder)
+    """Open without touching the access time where that is permitted: O_NOATIME is for a file's owner only (open(2)).
+
+    Waits for whoever has a lease on the file, as file servers do: it has been told to give it up, and has to (fcntl(2), F_SETLEASE).
+    """
+    deadline = time.monotonic() + _LEASE_SECONDS
+    while True:
+        try:
+            try:
+                return os.open(name, flags | os.O_NOATIME, dir_fd=folder)
+            except PermissionError:
+                return os.open(name, flags, dir_fd=folder)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LEASE_LOOK_SECONDS)
 
 
 @contextlib.contextmanager

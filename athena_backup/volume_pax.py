@@ -37,6 +37,8 @@ _OCTAL_7, _OCTAL_11 = 0o7777777, 0o77777777777
 _XATTR = "SCHILY.xattr."
 _ACLS = {"system.posix_acl_access": "SCHILY.acl.access", "system.posix_acl_default": "SCHILY.acl.default"}
 _ACL_TAGS = {0x01: "user", 0x02: "user", 0x04: "group", 0x08: "group", 0x10: "mask", 0x20: "other"}
+_SECONDS_LIMIT = (1 << 63) - 1
+"""Of a time in the kernel (timespec(3type))."""
 _NO_ID = 0xFFFFFFFF
 _KINDS = frozenset((FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK, DIRECTORY, FIFO))
 _GNU_RECORDS = {"GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize"}
@@ -320,9 +322,11 @@ def _nanoseconds(value: bytes | None, seconds: int) -> int:
     if value is None:
         return seconds * 1_000_000_000
     whole, _, fraction = value.lstrip(b"-").partition(b".")
-    if not whole.isdigit() or (fraction and not fraction.isdigit()) or len(whole) > 12:
+    if not whole.isdigit() or (fraction and not fraction.isdigit()) or len(whole) > 19:
         raise DamagedError("the archive holds an extended header with a broken mtime")
-    nanoseconds = int(whole) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0"))
+    # Whoever takes milliseconds for seconds makes files of the year 58,000: some file systems keep that, others their own limit.
+    seconds = min(int(whole), _SECONDS_LIMIT)
+    nanoseconds = seconds * 1_000_000_000 + int(fraction[:9].ljust(9, b"0"))
     return -nanoseconds if value.startswith(b"-") else nanoseconds
 
 

@@ -23,7 +23,7 @@ from athena_backup.manifest import Component, Manifest
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
 from athena_backup.postgres.staging import discard_staging, stage_database
-from athena_backup.settings import load_settings
+from athena_backup.settings import load_settings, masked_url
 from athena_backup.store import look_at
 from athena_backup.volume_exchange import (
     discard_volume,
@@ -222,7 +222,7 @@ def check_health(working: Working, when: str) -> None:
             break
         working.operation.pause(1)
     raise UnavailableError(
-        f"not healthy {when}: {', '.join(waiting)}",
+        f"not healthy {when}: {', '.join(map(masked_url, waiting))}",
         next_step="start these services, or disable this check in the request",
     )
 

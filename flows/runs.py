@@ -93,6 +93,8 @@ class OperationRun:
     lease: UUID | None = None
     deleted: bool = False
     """Of a backup: its set was deleted since."""
+    pending: bool = False
+    """Whether a runner took it to begin it, and has not yet."""
 
 
 def start_backup(client: SyncPrefectClient, store: Store, namespace: str, request: BackupRequest) -> OperationRun:
@@ -321,8 +323,8 @@ def _is_abandoned(run: OperationRun, now: datetime) -> bool:
 
 
 def _is_stranded(run: OperationRun, now: datetime) -> bool:
-    """A run whose lease was handed to it but that never began: its runner died in between, and its time has passed."""
-    return run.lease is not None and now - max(run.state_at, run.at) > PENDING_LIMIT
+    """A run that a runner took, or whose lease was handed to it, but that never began: its runner died, its time has passed."""
+    return (run.lease is not None or run.pending) and now - max(run.state_at, run.at) > PENDING_LIMIT
 
 
 def _bury(client: SyncPrefectClient, store: Store, run: OperationRun) -> None:
@@ -379,6 +381,7 @@ def operation_run(kind: Kind, namespace: str, run: FlowRun) -> OperationRun:
         to=str(parameters.get("to", "")),
         lease=UUID(tags["lease"]) if "lease" in tags else None,
         deleted=_DELETED in run.tags,
+        pending=state is StateType.PENDING,
     )
 
 

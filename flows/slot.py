@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import httpx
@@ -28,6 +29,8 @@ RENEW_SECONDS = 20
 _LOOK_SECONDS = 1.0
 _ORPHAN_SECONDS = 15.0
 _LOST_AFTER_SECONDS = LEASE_SECONDS - 10
+_JOIN_SECONDS = 10
+"""Then a thread whose call the server does not answer is left to itself."""
 _CLOSED_STATES = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 _GONE = {httpx.codes.NOT_FOUND, httpx.codes.GONE}
 
@@ -104,74 +107,96 @@ def held(
 ) -> Iterator[None]:
     """Hold the slot for the length of the block, and free it afterwards.
 
-    A thread renews the lease, reads the run's state with it, and cancels ``operation`` when the slot is lost, the run was
-    ended on the server, our parent has died, or the deadline has passed. ``every_look`` is called about once a second.
+    ``operation`` is cancelled when the slot is lost or can't be renewed in time, the run was ended or deleted on the server, our
+    parent has died, or the deadline has passed. ``every_look`` is called about once a second. Each has a thread of its own: a
+    server that does not answer keeps a call of Prefect's client for minutes, and the clock runs on.
     """
-    stopped = threading.Event()
-    guard = threading.Thread(
-        target=_guard, args=(lease, operation, run_id, every_look, stopped), name="slot", daemon=True
-    )
-    guard.start()
+    stopped, renewed = threading.Event(), _Renewed()
+    works = {
+        "slot": lambda: _renew_on(lease, operation, run_id, renewed, stopped),
+        "clock": lambda: _watch(operation, renewed, stopped),
+    }
+    threads = [threading.Thread(target=_guard, args=(work, operation), name=name) for name, work in works.items()]
+    if every_look is not None:
+        threads.append(threading.Thread(target=_look_on, args=(every_look, stopped), name="progress"))
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
     try:
         yield
     finally:
         stopped.set()
-        guard.join()
-        try:
-            with get_client(sync_client=True) as client:
-                release(client, lease)
-        except (httpx.HTTPError, PrefectHTTPStatusError):
-            logger.warning("could not free the slot; it frees itself within %s s", LEASE_SECONDS, exc_info=True)
+        until = time.monotonic() + _JOIN_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        freeing = threading.Thread(target=_free, args=(lease,), name="slot", daemon=True)
+        freeing.start()
+        freeing.join(_JOIN_SECONDS)
 
 
-def _guard(
-    lease: UUID,
-    operation: Operation,
-    run_id: UUID | None,
-    every_look: Callable[[], None] | None,
-    stopped: threading.Event,
-) -> None:
+def _free(lease: UUID) -> None:
     try:
-        _guarding(lease, operation, run_id, every_look, stopped)
+        with get_client(sync_client=True) as client:
+            release(client, lease)
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        logger.warning("could not free the slot; it frees itself within %s s", LEASE_SECONDS, exc_info=True)
+
+
+@dataclass
+class _Renewed:
+    """When the lease was renewed last, by the monotonic clock in seconds: when that was asked for, not when it was answered."""
+
+    at: float = field(default_factory=time.monotonic)
+
+
+def _guard(work: Callable[[], None], operation: Operation) -> None:
+    try:
+        work()
     except Exception as error:
         # Without a guard the slot is soon somebody else's, who takes what this operation has built for left behind.
         logger.exception("the guard of the slot failed")
         operation.cancel(f"the slot can't be guarded any more: {type(error).__name__}: {error}")
 
 
-def _guarding(
-    lease: UUID,
-    operation: Operation,
-    run_id: UUID | None,
-    every_look: Callable[[], None] | None,
-    stopped: threading.Event,
+def _renew_on(
+    lease: UUID, operation: Operation, run_id: UUID | None, renewed: _Renewed, stopped: threading.Event
 ) -> None:
-    parent = os.getppid()
-    renewed = time.monotonic()
-    next_renewal = renewed + RENEW_SECONDS
+    wait_seconds: float = RENEW_SECONDS
     with get_client(sync_client=True) as client:
-        while not stopped.wait(_LOOK_SECONDS):
-            now = time.monotonic()
-            if os.getppid() != parent and not operation.cancelled:
-                operation.cancel("the runner of this operation has died")
-                _end_soon()
-            if operation.deadline is not None and now >= operation.deadline:
-                operation.cancel("the operation took longer than ATHENA_OPERATION_TIMEOUT_SECONDS allows")
-            if every_look is not None:
-                every_look()
-            if now < next_renewal:
-                continue
+        while not stopped.wait(wait_seconds):
+            asked = time.monotonic()
+            wait_seconds = RENEW_SECONDS
             try:
                 if not renew(client, lease):
                     operation.cancel("the slot was lost: its lease has ended")
                 elif run_id is not None and _ended(client, run_id):
                     operation.cancel("the run was ended on the Prefect server")
-                renewed, next_renewal = now, now + RENEW_SECONDS
+                renewed.at = asked
             except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-                next_renewal = now + 2
+                wait_seconds = 2
                 logger.warning("could not renew the slot's lease: %s", error)
-                if now - renewed > _LOST_AFTER_SECONDS:
-                    operation.cancel("the slot was lost: the Prefect server does not answer")
+
+
+def _watch(operation: Operation, renewed: _Renewed, stopped: threading.Event) -> None:
+    parent = os.getppid()
+    while not stopped.wait(_LOOK_SECONDS):
+        now = time.monotonic()
+        if os.getppid() != parent and not operation.cancelled:
+            operation.cancel("the runner of this operation has died")
+            _end_soon()
+        if operation.deadline is not None and now >= operation.deadline:
+            operation.cancel("the operation took longer than ATHENA_OPERATION_TIMEOUT_SECONDS allows")
+        if now - renewed.at > _LOST_AFTER_SECONDS:
+            operation.cancel("the slot was lost: the Prefect server does not answer")
+
+
+def _look_on(every_look: Callable[[], None], stopped: threading.Event) -> None:
+    while not stopped.wait(_LOOK_SECONDS):
+        try:
+            every_look()
+        except Exception:
+            logger.exception("looking on failed")
+            return
 
 
 def _end_soon() -> None:

@@ -265,6 +265,26 @@ def test_the_store_itself_is_no_place_for_a_copy(local_store: LocalStore, manife
         copy_set(local_store, LocalStore(local_store.location.place), manifest.set_id, Operation())
 
 
+def test_the_store_itself_by_another_name_is_no_place_for_a_copy(
+    local_store: LocalStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    (tmp_path / "second").symlink_to(local_store.location.place)
+    for place in (f"{local_store.location.place}/", str(tmp_path / "second")):
+        with pytest.raises(FinalError, match="is the store that the set is in"):
+            copy_set(local_store, LocalStore(place), manifest.set_id, Operation())
+
+
+def test_the_bucket_itself_in_another_region_is_no_place_for_a_copy(
+    local_store: LocalStore, s3: ObjectStore, manifest: Manifest
+) -> None:
+    """Which a server of one's own takes for the same."""
+    with moto_server() as address:
+        first, second = (open_s3(BUCKET, address, region, MOTO_KEYS) for region in (REGION, "eu-west-1"))
+        copy_set(local_store, first, manifest.set_id, Operation())
+        with pytest.raises(FinalError, match="is the store that the set is in"):
+            copy_set(first, second, manifest.set_id, Operation())
+
+
 def test_another_server_s_bucket_of_the_same_name_and_region_is_a_place_for_a_copy(
     local_store: LocalStore, s3: ObjectStore, manifest: Manifest
 ) -> None:

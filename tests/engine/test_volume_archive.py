@@ -7,6 +7,8 @@ import resource
 import socket
 import stat
 import subprocess
+import sys
+import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,21 @@ from athena_backup.volume_read import verify_volume
 
 SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
 AS_ROOT = os.geteuid() == 0
+# Gives its lease up a moment after it is told to, as a server that first has to ask its client.
+LEASE_HOLDER = """
+import fcntl, os, signal, sys, time
+file = os.open(sys.argv[1], os.O_RDWR)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+try:
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+except OSError:
+    sys.exit()
+print("held", flush=True)
+signal.sigwait([signal.SIGIO])
+time.sleep(0.3)
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+sys.exit(7)
+"""
 NAMES = [
     b"plain",
     b"with space",
@@ -165,6 +182,43 @@ def test_an_archive_of_many_parts_comes_back_and_each_part_is_a_frame(
     folder = f"app/2023-02-02t16-00-00/volumes/gitserver/{component.attempt}/"
     assert keys == [f"{folder}0000.tar.zst.{number:04}" for number in range(len(keys))]
     assert picture(restored(component, local_store, tmp_path / "new")) == picture(tree)
+
+
+def test_a_time_far_beyond_all_others_comes_back_or_as_near_as_it_can(tmp_path: Path, local_store: LocalStore) -> None:
+    """Milliseconds that somebody took for seconds: not every file system can keep them."""
+    far = 1_790_000_000_000
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        pytest.skip("no file system here that keeps such times")
+    with tempfile.TemporaryDirectory(dir=memory) as place:
+        root, again = Path(place) / "live", Path(place) / "again"
+        root.mkdir()
+        (root / "file").write_text("content")
+        os.utime(root / "file", ns=(far * 10**9 + 7, far * 10**9 + 7))
+        if (root / "file").stat().st_mtime_ns != far * 10**9 + 7:
+            pytest.skip("nor does this one")
+        component = back_up(root, local_store)
+        assert (restored(component, local_store, again) / "file").stat().st_mtime_ns == far * 10**9 + 7
+    assert (restored(component, local_store, tmp_path / "new") / "file").read_text() == "content"
+
+
+def test_a_file_that_a_file_server_has_a_lease_on_is_waited_for(tmp_path: Path, local_store: LocalStore) -> None:
+    root = tmp_path / "live"
+    root.mkdir()
+    (root / "file").write_text("content")
+    holder = subprocess.Popen([sys.executable, "-c", LEASE_HOLDER, str(root / "file")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        said = holder.stdout.readline()
+        if said != b"held\n":
+            pytest.skip("no leases here")
+        component = back_up(root, local_store)
+        assert holder.wait(60) == 7, "it was told to give the lease up, and did"
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert (restored(component, local_store, tmp_path / "new") / "file").read_text() == "content"
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root may make access control lists and capabilities of others")

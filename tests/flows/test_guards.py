@@ -14,7 +14,8 @@ class Health:
     """A service of the destination that can be well or not, and knows how often it was asked."""
 
     def __init__(self, server: ThreadingHTTPServer) -> None:
-        self.url = f"http://127.0.0.1:{server.server_port}/healthz"
+        self.url = f"http://probe:hidden@127.0.0.1:{server.server_port}/healthz"
+        self.shown = self.url.replace("hidden", "***")
         self.is_well = True
         self.asked = 0
 
@@ -82,7 +83,7 @@ def test_a_destination_that_is_not_healthy_is_not_touched(
     service: Service, timestamp: str, file: Path, health: Health
 ) -> None:
     health.is_well = False
-    assert f"not healthy before the restore: {health.url}" in service.restore(timestamp)
+    assert f"not healthy before the restore: {health.shown}" in service.restore(timestamp)
     assert file.read_text() == "live"
 
 
@@ -91,7 +92,7 @@ def test_one_that_is_not_healthy_afterwards_is_told_beside_what_was_restored(
 ) -> None:
     health.is_well = False
     status = service.restore(timestamp, disablePreRestoreChecks=True)
-    assert f"error checking health after the restore: not healthy after the restore: {health.url}" in status
+    assert f"error checking health after the restore: not healthy after the restore: {health.shown}" in status
     assert "; restored: asp gogs edweb gitserver" in status
     assert file.read_text() == "content of gitserver"
 

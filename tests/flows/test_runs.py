@@ -1,15 +1,19 @@
 """Runs as everybody above sees them, from Prefect's own types alone."""
 
 import re
-from uuid import uuid4
+from datetime import UTC, datetime, timedelta
+from typing import cast
+from uuid import UUID, uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelled
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Cancelled, Pending, Scheduled
 
 from adapter.records import run_status
 from blocks.keys import block_name
-from flows.runs import BACKUP, operation_run
+from flows import runs
+from flows.runs import BACKUP, RECOVER, RESTORE, OperationRun, operation_run, reconcile
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,30 @@ def test_no_two_namespaces_share_their_keys() -> None:
     assert len(set(names)) == len(names)
     assert all(re.fullmatch("[a-z0-9-]+", name) for name in names)
     assert names[0] == "app"
+
+
+@pytest.mark.parametrize("kind", [BACKUP, RESTORE, RECOVER])
+@pytest.mark.parametrize(
+    ("state", "is_dead"),
+    [
+        (Pending(timestamp=datetime.now(UTC) - timedelta(minutes=5)), True),
+        (Pending(timestamp=datetime.now(UTC) - timedelta(seconds=20)), False),
+        (Scheduled(timestamp=datetime.now(UTC) - timedelta(minutes=5)), False),
+    ],
+    ids=["long pending", "pending", "scheduled"],
+)
+def test_a_run_whose_runner_died_before_it_had_begun_is_ended(
+    monkeypatch: pytest.MonkeyPatch, kind: runs.Kind, state: State, is_dead: bool
+) -> None:
+    """As one that somebody pressed in Prefect's UI, which has no lease: it would be ongoing for ever."""
+    run = FlowRun(id=uuid4(), flow_id=uuid4(), state=state, tags=["namespace:app"])
+    run.state_type, run.expected_start_time = state.type, datetime.now(UTC) - timedelta(minutes=5)
+    buried: list[UUID] = []
+
+    def list_runs(_client: object, asked: runs.Kind, *_: object, **__: object) -> list[OperationRun]:
+        return [operation_run(kind, "app", run)] if asked == kind else []
+
+    monkeypatch.setattr(runs, "list_runs", list_runs)
+    monkeypatch.setattr(runs, "_bury", lambda _client, _store, one: buried.append(one.id))
+    assert reconcile(cast("SyncPrefectClient", None), cast("runs.Store", None), "app", lease=uuid4()) == is_dead
+    assert buried == [run.id] * is_dead
