@@ -16,10 +16,18 @@ _INSTALLATIONS = (
     "/opt/homebrew/opt/postgresql*/bin",
 )
 _VERSION_SECONDS = 20
-BROKEN_CONNECTION = re.compile(
-    r"server closed the connection|terminating connection|could not connect|connection to server|Connection refused"
+# What libpq itself says of a server that went away, and what a server says last.
+_LOST_CONNECTION = re.compile(
+    r"FATAL:  terminating connection|server closed the connection|SSL connection has been closed|SSL SYSCALL error"
+    r"|could not (?:receive|send) data|no connection to the server|^pg_\w+: error: connection to server"
 )
-"""What a client program says of a server that went away."""
+# What a server that is there says of another one, as where a view asks a foreign server, or of a row.
+_OF_A_STATEMENT = re.compile(r"ERROR:  |^(?:pg_\w+: )?(?:DETAIL|CONTEXT|HINT|detail|hint):")
+
+
+def lost_connection(stderr: Sequence[str]) -> bool:
+    """Whether a client program ended because its own connection was lost, by what it wrote in English: another try may help."""
+    return any(_LOST_CONNECTION.search(line) and not _OF_A_STATEMENT.search(line) for line in stderr)
 
 
 def find_client(name: str, server_version: int, directories: Sequence[Path] = ()) -> Path:

@@ -28,7 +28,7 @@ from athena_backup.operation import LOOK_SECONDS, Operation
 from athena_backup.pipeline import PART_LIMIT_BYTES, Source, write_stream
 from athena_backup.postgres.archive_head import ArchiveHead
 from athena_backup.postgres.bulk import BULK_BYTES, BulkTable, TableRange, bulk_tables, range_size
-from athena_backup.postgres.clients import BROKEN_CONNECTION, client_version, find_client
+from athena_backup.postgres.clients import client_version, find_client, lost_connection
 from athena_backup.postgres.copy_in import rows_of
 from athena_backup.postgres.copy_login import unreachable
 from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_rows
@@ -255,6 +255,7 @@ class _Dump:
         names = [table.full_name.encode(driver.info.encoding) for table in self._left_out]
         command = [
             *(str(self._client), "--format=custom", "--compress=0", "--no-password"),
+            f"--dbname={child_connection(self._held.database.database)}",
             f"--encoding={driver.info.parameter_status('server_encoding')}",
             *(f"--snapshot={self._held.snapshot}", f"--lock-wait-timeout={_LOCK_WAIT_MILLISECONDS}"),
             # As bytes of the database's encoding, in which pg_dump reads them, not of this machine's locale.
@@ -318,7 +319,7 @@ class _Dump:
                 next_step="run DDL outside of backups",
                 step="locking the tables",
             )
-        if ended.exit_code > 0 and BROKEN_CONNECTION.search(said):
+        if ended.exit_code > 0 and lost_connection(ended.stderr):
             return PassingError(ended.how(), step="dumping")
         return FinalError(ended.how(), step="dumping")
 

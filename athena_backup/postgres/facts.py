@@ -71,6 +71,9 @@ _ROLES = text(
     " WHERE datname OPERATOR(pg_catalog.=) current_database()"
     " UNION SELECT setrole FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_database d"
     " ON d.oid OPERATOR(pg_catalog.=) s.setdatabase WHERE d.datname OPERATOR(pg_catalog.=) current_database()"
+    # Of a subscription pg_shdepend has a line that is no database's.
+    " UNION SELECT u.subowner FROM pg_catalog.pg_subscription u JOIN pg_catalog.pg_database d"
+    " ON d.oid OPERATOR(pg_catalog.=) u.subdbid WHERE d.datname OPERATOR(pg_catalog.=) current_database()"
     f" UNION SELECT CAST(10 AS oid) WHERE {_BOOTSTRAP_OWNS})"
     " ORDER BY r.rolname"
 )

@@ -40,6 +40,17 @@ _TABLES = text(
     " AND NOT coalesce(c.oid OPERATOR(pg_catalog.=) ANY (e.extconfig), false)) ORDER BY c.oid"
 )
 _ENUM_LABELS = text("SELECT oid::bigint, enumlabel FROM pg_catalog.pg_enum")
+# Those that somebody made, without the tables' own and all arrays, whose names go with those of others.
+_TYPES = text(
+    "SELECT t.oid::bigint, pg_catalog.format('%I.%I', n.nspname, t.typname),"
+    " ARRAY(SELECT pg_catalog.format('%s %s %s', a.attnum, a.atttypid, a.attisdropped) FROM pg_catalog.pg_attribute a"
+    " WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid AND c.relkind OPERATOR(pg_catalog.=) 'c'"
+    " AND a.attnum OPERATOR(pg_catalog.>) 0 ORDER BY a.attnum)"
+    " FROM pg_catalog.pg_type t JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) t.typnamespace"
+    " LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.typrelid"
+    " WHERE t.oid OPERATOR(pg_catalog.>=) CAST(16384 AS oid) AND t.typcategory OPERATOR(pg_catalog.<>) 'A'"
+    " AND (c.oid IS NULL OR c.relkind OPERATOR(pg_catalog.=) 'c')"
+)
 LOCK_NOT_AVAILABLE = "55P03"
 _LOCKS_PER_STATEMENT = 500
 Table = tuple[int, int, str]
@@ -94,15 +105,17 @@ class Held:
     def prove_names(self) -> None:
         """Raise `FinalError` unless every name still means what it meant at the cut.
 
-        A schema, or an enum's value, can be renamed under all table locks: readers that go by name, `pg_dump` among them,
-        then read another table, or write a value that nobody knows, and notice nothing (tried).
+        A schema, a type or an enum's value can be renamed, and a composite type altered, under all table locks: readers that go
+        by name, `pg_dump` among them, then read another table, or write a value that nobody knows, and notice nothing (tried).
         """
         self.check()
         try:
             with self.locks_lock:
                 tables, labels = tables_of(self.locks), set(self.locks.execute(_ENUM_LABELS).tuples())
+                types = _types(self.locks)
             with self.reader_lock:
                 old_labels = set(self.reader.execute(_ENUM_LABELS).tuples())
+                old_types = _types(self.reader)
         except sqlalchemy.exc.SQLAlchemyError as error:
             self.lost = self.lost or lost_holder(error)
             raise self.lost from error
@@ -110,10 +123,15 @@ class Held:
         # Of a type that is gone no table has a value: all that could have one are locked.
         still_there = {oid for oid, _ in labels}
         renamed += [f"the enum value {label!r}" for oid, label in sorted(old_labels - labels) if oid in still_there]
+        renamed += [
+            f"the type {name}"
+            for oid, (name, form) in old_types.items()
+            if types.get(oid, (name, form)) != (name, form)
+        ]
         if renamed:
             raise FinalError(
                 f"something was renamed while the database was read: {', '.join(renamed[:5])}",
-                next_step="back up again, and rename schemas and enum values outside of backups",
+                next_step="back up again, and rename schemas, types and enum values, or alter types, outside of backups",
                 step="reading",
             )
 
@@ -192,6 +210,11 @@ def ping(connection: Connection) -> None:
     connection.execute(text("SELECT 1")).scalar_one()
 
 
+def _types(connection: Connection) -> dict[int, tuple[str, list[str]]]:
+    """Every type's quoted name and, of a composite one, its attributes, by OID."""
+    return {oid: (name, list(form)) for oid, name, form in connection.execute(_TYPES)}
+
+
 def lost_holder(error: sqlalchemy.exc.SQLAlchemyError) -> FinalError:
     """What a failed ping means for everything that is read under the holder."""
     cause = translated(error).cause if isinstance(error, sqlalchemy.exc.DBAPIError) else str(error)
@@ -211,5 +234,7 @@ def waiting_for(held: Held) -> list[tuple[int, str]]:
         " WHERE NOT l.granted AND :pid OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid)) ORDER BY 1"
     )
     with held.locks_lock:
+        # What others do is looked at once in a transaction, and this one is long.
+        held.locks.execute(text("SELECT pg_catalog.pg_stat_clear_snapshot()"))
         rows = held.locks.execute(statement, {"pid": held.locks_pid}).all()
     return [(row[0], " ".join(row[1].split())[:200]) for row in rows]

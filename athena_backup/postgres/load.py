@@ -24,7 +24,7 @@ from athena_backup.manifest import Component, Stream
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_part, read_stream
 from athena_backup.postgres.archive_head import ArchiveHead, unnamed_file
-from athena_backup.postgres.clients import BROKEN_CONNECTION, client_version
+from athena_backup.postgres.clients import client_version, lost_connection
 from athena_backup.postgres.contents import but_rights, lines_of
 from athena_backup.postgres.copy_in import LOADING_SETTINGS, load_ranges
 from athena_backup.postgres.load_plan import WORKERS, IndexWorkers, Plan
@@ -172,7 +172,7 @@ class Loading:
         if ended.exit_code != 0 and not (sets_unknown and failed_only_to_set_transaction_timeout(ended)):
             if any("deadlock detected" in line for line in ended.stderr):
                 raise PassingError(ended.how())
-            if any(BROKEN_CONNECTION.search(line) for line in ended.stderr):
+            if lost_connection(ended.stderr):
                 raise UnavailableError(ended.how())
             raise FinalError(
                 ended.how(), next_step="the live database is untouched; correct the cause and restore again"

@@ -19,8 +19,8 @@ from athena_backup.postgres.load import Loading
 from athena_backup.postgres.sessions import run_sql, session
 from athena_backup.store.local import LocalStore
 
-KEEPALIVE = "02"
-"""The timer that a socket waits for, as /proc/net/tcp shows it (proc_net_tcp in the kernel's documentation)."""
+KEEPALIVE, IDLE_SECONDS = "02", 30
+"""The timer that a socket waits for, as /proc/net/tcp shows it (proc_net_tcp in the kernel's documentation), and how long."""
 
 
 class LookingStore(LocalStore):
@@ -54,7 +54,9 @@ def timers(program: str) -> list[str]:
                 links = [os.readlink(link) for link in (process / "fd").iterdir()]
                 inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [line[5].partition(":")[0] for line in lines if line[9] in inodes]
+    timers = [line[5].split(":") for line in lines if line[9] in inodes]
+    # In hundredths of a second; the kernel's own keepalives begin after two hours.
+    return [timer if int(left, 16) <= IDLE_SECONDS * 100 else f"{timer}, {left}" for timer, left in timers]
 
 
 def test_connections_of_children_are_looked_after_by_the_kernel(make_database: Make, local_store: LocalStore) -> None:

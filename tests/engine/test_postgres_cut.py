@@ -246,6 +246,29 @@ def test_ddl_that_waits_too_long_ends_the_backup_even_when_its_text_is_hidden_fr
         admin.execute(f"DROP OWNED BY {owner}; DROP ROLE {owner}")
 
 
+def test_who_waits_is_told_with_what_he_runs_now_and_not_what_he_ran_before(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as other:
+        other.execute("CREATE TABLE t (i int)")
+
+        def run(statement: str) -> threading.Thread:
+            def execute() -> None:
+                with contextlib.suppress(psycopg.errors.QueryCanceled):
+                    other.execute(statement)
+
+            thread = threading.Thread(target=execute)
+            thread.start()
+            return thread
+
+        with hold_cut([database], Operation()) as cut:
+            held = cut.of(database.name)
+            for statement in ("ALTER TABLE t ADD COLUMN x text DEFAULT 'a secret'", "TRUNCATE t"):
+                waiting = run(statement)
+                await_true(lambda: held.waiting() != [])
+                assert held.waiting() == [f"pid {other.info.backend_pid} waits with {statement!r}"]
+                other.cancel_safe()
+                waiting.join()
+
+
 def test_a_pooler_that_refuses_how_our_sessions_begin_is_told_as_one(postgres: EmbeddedServer) -> None:
     with (
         refusing_pooler() as port,

@@ -8,6 +8,7 @@ import pytest
 from round_trip import ALL_BY_COPY, Make, dump, restore, rows, stage
 
 from athena_backup.errors import UnavailableError
+from athena_backup.postgres.clients import lost_connection
 from athena_backup.postgres.embedded import embedded_server
 from athena_backup.postgres.load import Loading
 from athena_backup.postgres.sessions import Database, run_sql, session
@@ -102,6 +103,30 @@ def test_a_pg_restore_whose_session_is_ended_is_worth_another_try(
     with pytest.raises(UnavailableError, match="terminating connection"):
         stage(component, database, local_store)
     ending.join()
+
+
+@pytest.mark.parametrize(
+    ("said", "is_lost"),
+    [
+        (["pg_restore: error: could not execute query: FATAL:  terminating connection due to administrator command"], True),
+        (["pg_restore: error: could not execute query: server closed the connection unexpectedly"], True),
+        (["pg_restore: error: COPY failed: SSL connection has been closed unexpectedly"], True),
+        (["pg_dump: error: query failed: SSL SYSCALL error: EOF detected"], True),
+        (['pg_dump: error: connection to server at "db", port 5432 failed: Connection refused'], True),
+        (
+            [
+                'pg_restore: error: could not execute query: ERROR:  could not connect to server "far"',
+                'DETAIL:  connection to server at "10.0.0.1", port 5432 failed: Connection refused',
+            ],
+            False,
+        ),
+        (["pg_restore: error: COPY failed: ERROR:  invalid value", "CONTEXT:  t, line 1: server closed the connection"], False),
+    ],
+)  # fmt: skip
+def test_only_a_connection_of_its_own_that_a_client_program_lost_is_worth_another_try(
+    said: list[str], is_lost: bool
+) -> None:
+    assert lost_connection(said) == is_lost
 
 
 def test_a_server_that_is_lost_while_a_table_is_analyzed_fails_the_load(

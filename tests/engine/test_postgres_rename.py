@@ -19,6 +19,7 @@ from athena_backup.postgres.rename import database_oid, drop_database, side_name
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.postgres.staging import (
     discard_staging,
+    facts_of,
     stage_database,
 )
 from athena_backup.store.local import LocalStore
@@ -185,6 +186,28 @@ def test_a_subscription_comes_back_disabled_and_does_not_keep_its_staging_from_b
     assert rows(inside, "SELECT subname, subenabled, subslotname FROM pg_subscription") == [("far", False, "far")]
     assert staged.notes == ("subscription far is disabled: enable it where it is to be used here",)
     assert discard_staging(database, RESTORE) == [staged.name]
+
+
+def test_the_owner_of_a_subscription_is_one_of_the_roles_that_a_restore_needs(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("heard", "CREATE ROLE hearer SUPERUSER")
+    with session(database.url) as connection:
+        run_sql(
+            connection,
+            "CREATE SUBSCRIPTION far CONNECTION 'host=nowhere' PUBLICATION p WITH (connect = false, slot_name = NONE)",
+        )
+        run_sql(connection, "ALTER SUBSCRIPTION far OWNER TO hearer")
+        component = dump(database, local_store)
+        run_sql(connection, "DROP SUBSCRIPTION far")
+        run_sql(connection, "DROP ROLE hearer")
+    assert "hearer" in [role.name for role in facts_of(component).roles]
+    staged = stage(component, database, local_store)
+    inside = Database("inside", database.url.set(database=staged.name))
+    assert rows(inside, "SELECT subname, subowner::regrole::text FROM pg_subscription") == [("far", "hearer")]
+    discard_staging(database, RESTORE)
+    with session(database.url) as connection:
+        run_sql(connection, "DROP ROLE hearer")
 
 
 def test_discarding_leaves_other_databases_alone(

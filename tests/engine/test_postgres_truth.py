@@ -74,6 +74,29 @@ def test_an_enum_value_that_is_renamed_meanwhile_fails_the_backup(
         dump_after(database, local_store, "ALTER TYPE mood RENAME VALUE 'a' TO 'z'", **sizes)
 
 
+@WAYS
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        "ALTER TYPE addr ADD ATTRIBUTE zip text",
+        "ALTER TYPE addr DROP ATTRIBUTE town",
+        "ALTER TYPE addr RENAME TO place",
+        "CREATE SCHEMA other; ALTER TYPE addr SET SCHEMA other",
+    ],
+)
+def test_a_type_that_is_altered_meanwhile_fails_the_backup(
+    make_database: Make, local_store: LocalStore, sizes: dict[str, int], meanwhile: str
+) -> None:
+    """No table's lock keeps it, and a row of it is written as it is then, not as it was at the cut."""
+    make = (
+        "CREATE TYPE addr AS (street text, town text);"
+        " CREATE TABLE t AS SELECT ARRAY[('a', 'b')::addr] AS a FROM generate_series(1, 1000)"
+    )
+    database = make_database("altered", make)
+    with pytest.raises(FinalError, match=r"renamed while the database was read: the type public\.addr"):
+        dump_after(database, local_store, meanwhile, **sizes)
+
+
 HOSTILE = """
 CREATE SCHEMA evil; CREATE FUNCTION evil.boom(pg_catalog.text) RETURNS bool LANGUAGE plpgsql AS $$BEGIN RAISE 'boom'; END$$;
 CREATE DOMAIN evil.text AS pg_catalog.text CHECK (evil.boom(VALUE));
