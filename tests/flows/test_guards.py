@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from service import Service, await_true
 
+from athena_backup.settings import MASK
+
 
 class Health:
     """A service of the destination that can be well or not, and knows how often it was asked."""
 
     def __init__(self, server: ThreadingHTTPServer) -> None:
         self.url = f"http://probe:hidden@127.0.0.1:{server.server_port}/healthz"
-        self.shown = self.url.replace("hidden", "***")
+        self.shown = self.url.replace("hidden", MASK)
         self.is_well = True
         self.asked = 0
 
