@@ -17,7 +17,7 @@ from athena_backup.backup import Expected, close_set, complete_attempt, put_comp
 from athena_backup.catalog import find_set
 from athena_backup.errors import AthenaError, FinalError, fault_of
 from athena_backup.manifest import Manifest
-from athena_backup.postgres.cut import hold_cut
+from athena_backup.postgres.cut import Cut, hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.sessions import Database
 from athena_backup.volume_archive import write_volume
@@ -98,7 +98,7 @@ def back_up_database(name: str) -> None:
         if working.cut is None:
             raise FinalError("the flow holds no cut")
         database = database_of(name, working.settings)
-        with component_document(working, Expected(name, "database")):
+        with read_under(working.cut, name), component_document(working, Expected(name, "database")):
             component = write_database(
                 database,
                 working.cut,
@@ -113,6 +113,18 @@ def back_up_database(name: str) -> None:
             put_component(working.store, working.set_id, component)
 
     component_work(name, "dumping", work)
+
+
+@contextlib.contextmanager
+def read_under(cut: Cut, name: str) -> Iterator[None]:
+    """Let the component's database go when it has been read, or will not be: DDL that waits for it goes on, and so does vacuum."""
+    try:
+        yield
+    except Exception as error:
+        if not fault_of(error).passing:
+            cut.release(name)
+        raise
+    cut.release(name)
 
 
 @task(name="back up volume", tags=["volume", "step:backup"], **RETRYING)

@@ -56,6 +56,11 @@ class Cut:
         held.check()
         return held
 
+    def release(self, name: str) -> None:
+        """Let a component's database go, which nobody reads under the cut any more; nothing if it isn't held."""
+        if name in self.held:
+            self.held[name].release()
+
 
 @dataclass
 class _Opening:
@@ -114,7 +119,7 @@ def _collect(opening: _Opening, database: Database, work: Callable[[], None]) ->
     except sqlalchemy.exc.DBAPIError as error:
         opening.faults[database.name] = translated(error)
     if database.name in opening.faults:
-        opening.held.pop(database.name, None)
+        _let_go(opening, database.name)
 
 
 def _collect_each(opening: _Opening, group: list[Held], work: Callable[[Held], None]) -> None:
@@ -126,9 +131,16 @@ def _collect_each(opening: _Opening, group: list[Held], work: Callable[[Held], N
 
 def _open(opening: _Opening, database: Database, lock_timeout_seconds: float, operation: Operation) -> None:
     held = Held(database, opening.stack.enter_context(_quiet(database)), opening.stack.enter_context(_quiet(database)))
+    opening.held[database.name] = held
     _refuse_pooler(held.locks)
     _lock_tables(held, lock_timeout_seconds, operation)
-    opening.held[database.name] = held
+
+
+def _let_go(opening: _Opening, name: str) -> None:
+    """What is not read holds no table and no snapshot, as long as the others may take."""
+    held = opening.held.pop(name, None)
+    if held is not None:
+        held.release()
 
 
 @contextlib.contextmanager
@@ -191,7 +203,7 @@ def _refuse_twins(opening: _Opening) -> None:
                     f"components {twin} and {name} are one and the same database",
                     next_step="remove one from ATHENA_DATABASES",
                 )
-                opening.held.pop(each, None)
+                _let_go(opening, each)
 
 
 def _by_server(all_held: Sequence[Held]) -> list[list[Held]]:
@@ -247,7 +259,7 @@ def _give_up(group: list[Held], opening: _Opening, why: str) -> None:
         opening.faults[held.database.name] = PassingError(
             why, next_step="back up when less is written", step="taking the snapshots"
         )
-        opening.held.pop(held.database.name, None)
+        _let_go(opening, held.database.name)
 
 
 def _begin_snapshot(held: Held) -> None:

@@ -53,6 +53,7 @@ _TYPES = text(
 )
 LOCK_NOT_AVAILABLE = "55P03"
 _LOCKS_PER_STATEMENT = 500
+_RELEASE_SECONDS = 2
 Table = tuple[int, int, str]
 """A table as a holder sees it: OID, file node, quoted name."""
 
@@ -89,6 +90,21 @@ class Held:
         """Raise if a holder was lost: nothing that is read from now on belongs to the cut."""
         if self.lost is not None:
             raise self.lost
+
+    def release(self) -> None:
+        """End both transactions: nobody reads this database any more, and what waits for its tables may go on.
+
+        Other databases of the cut are held as before; this one can't be read under it again.
+        """
+        self.lost = self.lost or FinalError("its part of the cut has ended", step="holding the snapshot")
+        for connection, lock in ((self.locks, self.locks_lock), (self.reader, self.reader_lock)):
+            # Whoever is left in it, hanging, keeps it until the cut's end.
+            if lock.acquire(timeout=_RELEASE_SECONDS):
+                try:
+                    with contextlib.suppress(AthenaError, sqlalchemy.exc.SQLAlchemyError):
+                        run_sql(connection, "ROLLBACK")
+                finally:
+                    lock.release()
 
     def prove(self) -> None:
         """Raise unless both holders answer at this moment: then all that was read under them until now is whole."""

@@ -269,6 +269,49 @@ def test_who_waits_is_told_with_what_he_runs_now_and_not_what_he_ran_before(post
                 waiting.join()
 
 
+def can_truncate(postgres: EmbeddedServer, database: Database) -> bool:
+    with connected(postgres, database.database, options="-c lock_timeout=300ms") as other:
+        try:
+            other.execute("TRUNCATE t")
+        except psycopg.errors.LockNotAvailable:
+            return False
+        idle = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND backend_xmin IS NOT NULL AND pid <> pg_backend_pid()"
+        assert other.execute(idle, (database.database,)).fetchone() == (0,), "nor does a snapshot hold vacuum back"
+        return True
+
+
+def test_a_database_that_was_read_is_let_go_while_the_others_are_held(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 2) as [one, other]:
+        for database in (one, other):
+            with connected(postgres, database.database) as admin:
+                admin.execute("CREATE TABLE t (i int)")
+        with hold_cut([one, other], Operation()) as cut:
+            assert not can_truncate(postgres, one)
+            cut.release(one.name)
+            cut.release(one.name)
+            cut.release("nobody's")
+            assert can_truncate(postgres, one)
+            assert not can_truncate(postgres, other)
+            with pytest.raises(FinalError, match="its part of the cut has ended"):
+                cut.of(one.name)
+            cut.of(other.name).prove()
+
+
+def test_a_database_that_can_not_be_read_is_not_held(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 2) as [database, locked]:
+        for each in (database, locked):
+            with connected(postgres, each.database) as admin:
+                admin.execute("CREATE TABLE t (i int); CREATE TABLE u (i int)")
+        twin = Database("twin", database.url)
+        with connected(postgres, locked.database) as admin:
+            admin.execute("BEGIN; LOCK TABLE u IN ACCESS EXCLUSIVE MODE")
+            with hold_cut([database, twin, locked], Operation(), lock_timeout_seconds=0.3) as cut:
+                assert set(cut.faults) == {database.name, "twin", locked.name}
+                assert can_truncate(postgres, database)
+                admin.execute("ROLLBACK")
+                assert can_truncate(postgres, locked)
+
+
 def test_a_pooler_that_refuses_how_our_sessions_begin_is_told_as_one(postgres: EmbeddedServer) -> None:
     with (
         refusing_pooler() as port,

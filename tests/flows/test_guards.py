@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from service import Service, await_true
 
+from athena_backup.postgres.embedded import EmbeddedServer
+from athena_backup.postgres.sessions import run_sql, session
 from athena_backup.settings import MASK
 
 
@@ -107,3 +109,26 @@ def test_the_health_checks_can_be_left_out(service: Service, timestamp: str, fil
     health.is_well = True
     assert service.restore(timestamp) == "Success"
     assert health.asked == 2
+
+
+def test_a_database_that_is_read_is_let_go_while_another_is_still_read(
+    service: Service, postgres: EmbeddedServer
+) -> None:
+    databases = {url.rpartition("/")[2] for url in json.loads(service.environment["ATHENA_DATABASES"]).values()}
+    assert len(databases) == 2
+
+    def held() -> set[str]:
+        with session(postgres.url()) as connection:
+            return databases & set(
+                run_sql(
+                    connection,
+                    "SELECT a.datname FROM pg_stat_activity a JOIN pg_locks l USING (pid)"
+                    " WHERE a.application_name LIKE 'athena%' AND l.mode = 'AccessShareLock' AND l.relation >= 16384",
+                ).scalars()
+            )
+
+    service.start_backup()
+    with service.stopped_child("pg_dump"):
+        await_true(lambda: len(held()) == 1, f"only one of {databases} is held")
+    await_true(lambda: service.status() == "Success", "the backup's end")
+    assert held() == set()
