@@ -1,6 +1,7 @@
 """Runs as everybody above sees them, from Prefect's own types alone."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import cast
 from uuid import UUID, uuid4
@@ -38,18 +39,19 @@ def test_no_two_namespaces_share_their_keys() -> None:
 
 @pytest.mark.parametrize("kind", [BACKUP, RESTORE, RECOVER])
 @pytest.mark.parametrize(
-    ("state", "is_dead"),
+    ("make_state", "since", "is_dead"),
     [
-        (Pending(timestamp=datetime.now(UTC) - timedelta(minutes=5)), True),
-        (Pending(timestamp=datetime.now(UTC) - timedelta(seconds=20)), False),
-        (Scheduled(timestamp=datetime.now(UTC) - timedelta(minutes=5)), False),
+        (Pending, timedelta(minutes=5), True),
+        (Pending, timedelta(seconds=20), False),
+        (Scheduled, timedelta(minutes=5), False),
     ],
     ids=["long pending", "pending", "scheduled"],
 )
 def test_a_run_whose_runner_died_before_it_had_begun_is_ended(
-    monkeypatch: pytest.MonkeyPatch, kind: runs.Kind, state: State, is_dead: bool
+    monkeypatch: pytest.MonkeyPatch, kind: runs.Kind, make_state: Callable[..., State], since: timedelta, is_dead: bool
 ) -> None:
     """As one that somebody pressed in Prefect's UI, which has no lease: it would be ongoing for ever."""
+    state = make_state(timestamp=datetime.now(UTC) - since)
     run = FlowRun(id=uuid4(), flow_id=uuid4(), state=state, tags=["namespace:app"])
     run.state_type, run.expected_start_time = state.type, datetime.now(UTC) - timedelta(minutes=5)
     buried: list[UUID] = []
