@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient
 
 from athena_backup.operation import Operation
 from flows import slot
@@ -26,6 +26,8 @@ def test_a_server_that_does_not_answer_costs_the_slot_before_its_lease_has_ended
     monkeypatch.setattr(slot, "_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(slot, "_LOST_AFTER_SECONDS", 1)
     monkeypatch.setattr(slot, "_JOIN_SECONDS", 0.1)
+    # What Prefect is set to for a while is so in one thread only.
+    monkeypatch.setattr(slot, "get_client", lambda **_: SyncPrefectClient(hanging_server))
     operation, is_cancelled = Operation(), threading.Event()
     operation.when_cancelled(is_cancelled.set)
     published = threading.Event()
@@ -34,10 +36,7 @@ def test_a_server_that_does_not_answer_costs_the_slot_before_its_lease_has_ended
         published.set()
         assert not threading.Event().wait(60)
 
-    with (
-        temporary_settings({PREFECT_API_URL: hanging_server}),
-        slot.held(uuid4(), operation, run_id=uuid4(), every_look=hang),
-    ):
+    with slot.held(uuid4(), operation, run_id=uuid4(), every_look=hang):
         assert published.wait(20)
         # A call of Prefect's client alone waits a minute for an answer, and is then made again.
         assert is_cancelled.wait(20)
