@@ -82,16 +82,8 @@ def write_stream(
         while ahead.more or not parts:
             parts.append(
                 _write_part(
-                    *(
-                        ahead,
-                        source.component,
-                        store,
-                        key_of(len(parts)),
-                        operation,
-                        part_limit_bytes,
-                        compressed,
-                        on_read,
-                    )
+                    *(ahead, source.component, store, key_of(len(parts)), operation),
+                    *(part_limit_bytes, compressed, on_read),
                 )
             )
     return tuple(parts)
@@ -130,7 +122,6 @@ def _compressed(blocks: Iterator[bytes], threads: Callable[[], int], frames_ahea
     """Each block as a zstd frame, in order; while some are compressed the next are read and the one before is stored.
 
     ``frames_ahead`` blocks more than threads are read, and wait.
-
     One call a frame: where zstd is fed piece by piece it first copies what it gets, and then finds matches more slowly.
     """
     idle: list[zstandard.ZstdCompressor] = []  # each is for one thread at a time

@@ -175,7 +175,12 @@ def write_server_globals(working: Working) -> None:
         try:
             write_globals(held, working.store, working.set_id, working.operation, working.settings.athena_pg_bin)
         except Exception as error:  # noqa: BLE001 - a backup is whole without them
-            run_log().warning("the globals of the server of %s are not in the set: %s", held.database.name, error)
+            is_foreseen = isinstance(error, AthenaError | OSError | MemoryError)
+            run_log().warning(
+                "the globals of the server of %s are not in the set: %s",
+                *(held.database.name, error),
+                exc_info=not is_foreseen,
+            )
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ CLAIM_GRACE = timedelta(seconds=30)
 """How long a run may be Running before it must have the slot: one that a schedule or a button began claims it itself."""
 PENDING_LIMIT = timedelta(minutes=2)
 """A run that is Pending for longer has lost the process that was to run it."""
+UNCLAIMED_LIMIT = timedelta(minutes=15)
+"""The same for one that has no lease and so keeps nobody waiting: a work pool may first have to get a machine and an image."""
 RECORD_LIMIT = 200
 """Runs that are looked at for one answer: Prefect's own page size."""
 _STOPPED = "Runner is shutting down."
@@ -324,7 +326,8 @@ def _is_abandoned(run: OperationRun, now: datetime) -> bool:
 
 def _is_stranded(run: OperationRun, now: datetime) -> bool:
     """A run that a runner took, or whose lease was handed to it, but that never began: its runner died, its time has passed."""
-    return (run.lease is not None or run.pending) and now - max(run.state_at, run.at) > PENDING_LIMIT
+    since = now - max(run.state_at, run.at)
+    return since > PENDING_LIMIT if run.lease is not None else run.pending and since > UNCLAIMED_LIMIT
 
 
 def _bury(client: SyncPrefectClient, store: Store, run: OperationRun) -> None:

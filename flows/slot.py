@@ -132,6 +132,8 @@ def held(
         freeing = threading.Thread(target=_free, args=(lease,), name="slot", daemon=True)
         freeing.start()
         freeing.join(_JOIN_SECONDS)
+        if freeing.is_alive():
+            logger.warning("the Prefect server does not answer: the slot frees itself within %s s", LEASE_SECONDS)
 
 
 def _free(lease: UUID) -> None:

@@ -16,10 +16,10 @@ _INSTALLATIONS = (
     "/opt/homebrew/opt/postgresql*/bin",
 )
 _VERSION_SECONDS = 20
-# What libpq itself says of a server that went away, and what a server says last.
+# What libpq itself says of a server that went away, in the words of all versions, and what a server says last.
 _LOST_CONNECTION = re.compile(
     r"FATAL:  terminating connection|server closed the connection|SSL connection has been closed|SSL SYSCALL error"
-    r"|could not (?:receive|send) data|no connection to the server|^pg_\w+: error: connection to server"
+    r"|could not (?:receive|send) data|no connection to the server|^pg_\w+: .*connection to (?:server|database)"
 )
 # What a server that is there says of another one, as where a view asks a foreign server, or of a row.
 _OF_A_STATEMENT = re.compile(r"ERROR:  |^(?:pg_\w+: )?(?:DETAIL|CONTEXT|HINT|detail|hint):")

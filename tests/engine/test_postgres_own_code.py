@@ -113,6 +113,7 @@ def test_a_pg_restore_whose_session_is_ended_is_worth_another_try(
         (["pg_restore: error: COPY failed: SSL connection has been closed unexpectedly"], True),
         (["pg_dump: error: query failed: SSL SYSCALL error: EOF detected"], True),
         (['pg_dump: error: connection to server at "db", port 5432 failed: Connection refused'], True),
+        (['pg_dump: [archiver (db)] connection to database "asp" failed: could not connect to server: timed out'], True),
         (
             [
                 'pg_restore: error: could not execute query: ERROR:  could not connect to server "far"',

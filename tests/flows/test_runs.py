@@ -41,9 +41,9 @@ def test_no_two_namespaces_share_their_keys() -> None:
 @pytest.mark.parametrize(
     ("make_state", "since", "is_dead"),
     [
-        (Pending, timedelta(minutes=5), True),
-        (Pending, timedelta(seconds=20), False),
-        (Scheduled, timedelta(minutes=5), False),
+        (Pending, timedelta(minutes=20), True),
+        (Pending, timedelta(minutes=10), False),
+        (Scheduled, timedelta(minutes=20), False),
     ],
     ids=["long pending", "pending", "scheduled"],
 )
@@ -53,7 +53,7 @@ def test_a_run_whose_runner_died_before_it_had_begun_is_ended(
     """As one that somebody pressed in Prefect's UI, which has no lease: it would be ongoing for ever."""
     state = make_state(timestamp=datetime.now(UTC) - since)
     run = FlowRun(id=uuid4(), flow_id=uuid4(), state=state, tags=["namespace:app"])
-    run.state_type, run.expected_start_time = state.type, datetime.now(UTC) - timedelta(minutes=5)
+    run.state_type, run.expected_start_time = state.type, datetime.now(UTC) - timedelta(minutes=20)
     buried: list[UUID] = []
 
     def list_runs(_client: object, asked: runs.Kind, *_: object, **__: object) -> list[OperationRun]:
