@@ -5,7 +5,8 @@ wait two seconds, then four, eight and so on, in the middle of a backup. The oth
 when to come again: soon after the first, then later and later, as without it.
 
 Of many thousand requests one never got an answer (seen; the cause is not known), and who asked waited for a minute, in which
-others were answered. A read is refused in the same way then, and where it stands is logged.
+others were answered. A read is refused in the same way then; a write is left alone, as it may yet be done. Where either stands
+is logged.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ _RETRY_SECONDS = (0.2, 2.0, 6.0, 16.0, 40.0)
 _FORGET_SECONDS = 120.0
 _KEPT_LIMIT = 1_000
 _UNAVAILABLE = 503
-_READ_LIMIT_SECONDS = 30.0
+_ANSWER_LIMIT_SECONDS = 30.0
 """Half of what Prefect's clients wait for by default (PREFECT_API_REQUEST_TIMEOUT)."""
 _TOLD_LIMIT_CALLS = 12
 logger = logging.getLogger("uvicorn.error")
@@ -64,18 +65,18 @@ def create_app() -> App:
     return telling_when_to_retry(answering_in_time(create_prefect_app()), Refusals())
 
 
-def answering_in_time(app: App, limit_seconds: float = _READ_LIMIT_SECONDS) -> App:
+def answering_in_time(app: App, limit_seconds: float = _ANSWER_LIMIT_SECONDS) -> App:
     """``app`` with a 503 for each read whose answer has not begun after so long; what it does goes on, and is heard by nobody.
 
-    It is not cancelled: a database session that is being closed would swallow that, again and again. A write is left alone, as it
-    may yet be done.
+    It is not cancelled: a database session that is being closed would swallow that, again and again. Of a write is logged where
+    it stands; it may yet be done, so its answer is awaited.
     """
     left: set[asyncio.Future[None]] = set()
 
     async def wrapped(
         scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
     ) -> None:
-        if scope["type"] != "http" or not _is_read(scope):
+        if scope["type"] != "http":
             await app(scope, receive, send)
             return
         has_begun = asyncio.Event()
@@ -96,6 +97,10 @@ def answering_in_time(app: App, limit_seconds: float = _READ_LIMIT_SECONDS) -> A
             if has_begun.is_set() or answering.done():
                 await answering
                 return
+            if not _is_read(scope):
+                _tell(scope, limit_seconds, "its answer is awaited", answering)
+                await answering
+                return
         except asyncio.CancelledError:
             answering.cancel()
             raise
@@ -107,12 +112,16 @@ def answering_in_time(app: App, limit_seconds: float = _READ_LIMIT_SECONDS) -> A
         await send({"type": "http.response.start", "status": _UNAVAILABLE, "headers": []})
         await send({"type": "http.response.body", "body": b""})
         # Behind the answer, which must not hang on what others' frames are like.
-        logger.warning(
-            "%s %s has no answer after %g s, and is refused for now. It waits in: %s",
-            *(scope["method"], scope["path"], limit_seconds, "; ".join(_places(answering))),
-        )
+        _tell(scope, limit_seconds, "is refused for now", answering)
 
     return wrapped
+
+
+def _tell(scope: Message, seconds: float, what_now: str, answering: "asyncio.Task[None]") -> None:
+    logger.warning(
+        "%s %s has no answer after %g s, and %s. It waits in: %s",
+        *(scope["method"], scope["path"], seconds, what_now, "; ".join(_places(answering))),
+    )
 
 
 def _is_read(scope: Message) -> bool:

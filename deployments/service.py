@@ -96,6 +96,7 @@ def running_service(
         environment = service_environment(settings, prefect_api_url, own_server=own_server)
         os.environ.update({name: value for name, value in environment.items() if name.startswith("PREFECT_")})
         if own_server:
+            _forget_lease_lock(settings)
             say("starting the Prefect server ...")
             tree.start(
                 "the Prefect server",
@@ -214,6 +215,16 @@ def _only_one(settings: Settings) -> Iterator[None]:
                 next_step="stop it first, or set another ATHENA_HOME",
             ) from None
         yield
+
+
+def _forget_lease_lock(settings: Settings) -> None:
+    """Remove the lock file of a Prefect server that was killed while it wrote a lease.
+
+    It holds a process id, by which Prefect sees whether its owner lives. In a container that starts again the id is soon another
+    process's, often the new server's own, and every operation would wait for the slot without end.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        (settings.prefect_home / "concurrency_leases" / "expirations.lock").unlink()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,9 @@ from athena_backup.operation import Operation
 LEASE_SECONDS = 60
 """The shortest that Prefect grants; its holder's death is seen after that at the latest."""
 RENEW_SECONDS = 20
+_ANSWER_SECONDS = 8.0
+"""How long a renewal waits for its answer. In the minute of Prefect's clients one lost answer would cost the slot; so there is
+time for two more tries before it is given up."""
 _LOOK_SECONDS = 1.0
 _ORPHAN_SECONDS = 15.0
 _LOST_AFTER_SECONDS = LEASE_SECONDS - 10
@@ -164,7 +167,7 @@ def _renew_on(
     lease: UUID, operation: Operation, run_id: UUID | None, renewed: _Renewed, stopped: threading.Event
 ) -> None:
     wait_seconds: float = RENEW_SECONDS
-    with get_client(sync_client=True) as client:
+    with get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client:
         while not stopped.wait(wait_seconds):
             asked = time.monotonic()
             wait_seconds = RENEW_SECONDS

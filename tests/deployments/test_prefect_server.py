@@ -97,13 +97,17 @@ def test_a_read_that_hangs_is_refused_for_now_and_where_it_stands_is_logged(
     assert "lost_answer" in said.text
 
 
-def test_a_write_that_takes_long_is_left_to_its_end() -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+def test_a_write_that_takes_long_is_left_to_its_end_and_where_it_stands_is_logged(
+    said: pytest.LogCaptureFixture,
+) -> None:
+    async def slow_write(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0.2)  # four times as long as a read has
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    assert asyncio.run(asked_of(app, "POST", "/api/flow_runs/")).status_code == 201
+    assert asyncio.run(asked_of(slow_write, "POST", "/api/flow_runs/")).status_code == 201
+    assert "POST /api/flow_runs/ has no answer after 0.05 s, and its answer is awaited" in said.text
+    assert "slow_write" in said.text
 
 
 def test_an_answer_that_has_begun_may_take_as_long_as_it_likes() -> None:

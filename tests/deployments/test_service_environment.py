@@ -1,9 +1,11 @@
 """What every process of the service is started with."""
 
+import os
 import ssl
 from pathlib import Path
 
 import pytest
+from service import Service
 
 from athena_backup.settings import Settings
 from deployments.service import service_environment
@@ -33,3 +35,19 @@ def test_clients_of_our_own_prefect_server_read_one_authority_and_those_of_anoth
     assert len(ssl.create_default_context(cafile=file(own_server=True)).get_ca_certs()) == 1
     monkeypatch.setenv("PREFECT_API_SSL_CERT_FILE", "/theirs.pem")
     assert file(own_server=True) == file(own_server=False) == "/theirs.pem"
+
+
+def test_the_lock_of_a_prefect_server_that_was_killed_does_not_hold_up_the_next_one(tmp_path: Path) -> None:
+    service = Service(tmp_path, {"OBJECT_STORE_LOCATION_LOCAL": str(tmp_path / "store")})
+    lock = tmp_path / "athena" / "prefect" / "concurrency_leases" / "expirations.lock"
+    (tmp_path / "store").mkdir()
+    lock.parent.mkdir(parents=True)
+    # A process that lives, as in a container that starts again the same ids are given to the same processes.
+    lock.write_text(str(os.getpid()))
+    try:
+        service.start()
+        limit = service.prefect("GET", "/v2/concurrency_limits/athena-app")["name"]
+        asked = {"names": [limit], "slots": 1, "mode": "concurrency", "lease_duration": 60}
+        assert service.prefect("POST", "/v2/concurrency_limits/increment-with-lease", asked)["lease_id"]
+    finally:
+        service.close()

@@ -24,6 +24,9 @@ from athena_backup.postgres.staging import (
 )
 from athena_backup.store.local import LocalStore
 
+# pg_subscription shows those of every database of the server.
+_SUBSCRIPTIONS_HERE = "pg_subscription WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())"
+
 
 def test_the_live_database_serves_on_until_the_switch(make_database: Make, local_store: LocalStore) -> None:
     database = make_database("serving", "CREATE TABLE t AS SELECT 1 AS i")
@@ -183,7 +186,9 @@ def test_a_subscription_comes_back_disabled_and_does_not_keep_its_staging_from_b
         run_sql(connection, "DROP SUBSCRIPTION far")
     staged = stage(component, database, local_store)
     inside = Database("inside", database.url.set(database=staged.name))
-    assert rows(inside, "SELECT subname, subenabled, subslotname FROM pg_subscription") == [("far", False, "far")]
+    assert rows(inside, f"SELECT subname, subenabled, subslotname FROM {_SUBSCRIPTIONS_HERE}") == [
+        ("far", False, "far")
+    ]
     assert staged.notes == ("subscription far is disabled: enable it where it is to be used here",)
     assert discard_staging(database, RESTORE) == [staged.name]
 
@@ -204,7 +209,7 @@ def test_the_owner_of_a_subscription_is_one_of_the_roles_that_a_restore_needs(
     assert "hearer" in [role.name for role in facts_of(component).roles]
     staged = stage(component, database, local_store)
     inside = Database("inside", database.url.set(database=staged.name))
-    assert rows(inside, "SELECT subname, subowner::regrole::text FROM pg_subscription") == [("far", "hearer")]
+    assert rows(inside, f"SELECT subname, subowner::regrole::text FROM {_SUBSCRIPTIONS_HERE}") == [("far", "hearer")]
     discard_staging(database, RESTORE)
     with session(database.url) as connection:
         run_sql(connection, "DROP ROLE hearer")
