@@ -58,6 +58,7 @@ from flows.runs import (
     start_backup,
     start_restore,
 )
+from flows.stuck_slot import StuckSlots
 
 PREFIX = "/athena/api/v1"
 RECONCILE_SECONDS = 20
@@ -158,10 +159,12 @@ def create_app(settings: Settings, key_hashes: Sequence[str]) -> FastAPI:
 
 
 async def _bury_the_dead(service: _Service) -> None:
+    stuck = StuckSlots(service.namespace)
     while True:
         try:
             await asyncio.to_thread(lambda: reconcile(service.client, service.store(), service.namespace))
             await asyncio.to_thread(lambda: bury_dead_copies(service.client, service.namespace))
+            await asyncio.to_thread(lambda: stuck.free(service.client))
         except (AthenaError, httpx.HTTPError, PrefectHTTPStatusError) as error:
             logger.warning("could not look for dead operations: %s", error)
         await asyncio.sleep(RECONCILE_SECONDS)

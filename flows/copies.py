@@ -44,6 +44,11 @@ def is_being_copied(client: SyncPrefectClient, set_id: SetId) -> bool:
     return bool(read_runs(client, COPY, _tags(set_id), unfinished=True))
 
 
+def has_unfinished_copy(client: SyncPrefectClient, namespace: str) -> bool:
+    """Whether a copy of the namespace works or waits."""
+    return bool(read_runs(client, COPY, [f"namespace:{namespace}"], unfinished=True))
+
+
 def bury_dead_copies(
     client: SyncPrefectClient, namespace: str, *, lease: UUID | None = None, own: UUID | None = None
 ) -> int:
