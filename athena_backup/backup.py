@@ -149,8 +149,9 @@ def close_set(
 ) -> Manifest | Failure:
     """Write manifest.json if every expected component is complete and no fault is given; failure.json otherwise.
 
-    A manifest that stands already is returned as it is: it outranks everything. Raises the store's errors, and
-    `OutcomeUnknownError` when nobody can say whether the manifest was written; then nothing else may be.
+    A manifest that stands already is returned as it is: it outranks everything. Raises the store's errors, `FinalError` if the
+    set was deleted meanwhile, and `OutcomeUnknownError` when nobody can say whether the manifest was written; then nothing else
+    may be.
     """
     standing = _standing_manifest(store, set_id)
     if standing is not None:
@@ -181,10 +182,23 @@ def close_set(
         )
         store.put(set_id.prefix + INSTRUCTIONS, instructions(manifest).encode())
         put_once(store, set_id.prefix + MANIFEST, to_json(manifest))
+        _withdraw_if_deleted(store, set_id, chosen)
         return manifest
     failure = Failure.model_validate({**document, "cancelled": cancelled, "faults": tuple(all_faults)})
     store.put(set_id.prefix + FAILURE, to_json(failure))
     return failure
+
+
+def _withdraw_if_deleted(store: Store, set_id: SetId, components: Iterable[Component]) -> None:
+    """Take back a manifest that stands over nothing: whoever was cut off from the store before the put may have slept for hours.
+
+    A deletion takes the manifest before the rest, so what it began later than this look it finishes by itself.
+    """
+    documents = [component_folder(set_id, one.kind, one.name, one.attempt) + COMPONENT for one in components]
+    if all(store.head(key) is not None for key in documents) and not is_marked_deleting(store, set_id):
+        return
+    store.delete([set_id.prefix + MANIFEST, set_id.prefix + INSTRUCTIONS])
+    raise FinalError("somebody deleted the set while it was closed", next_step="back up again")
 
 
 def _spread_seconds(servers: Collection[Server]) -> float:

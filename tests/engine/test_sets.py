@@ -1,5 +1,6 @@
 """How a set is closed, listed and deleted: what is listed as Success is whole, anything less is a failed set."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -191,6 +192,48 @@ class LosingAnswers(LocalStore):
         if is_stored:
             super().put(key, data, if_absent=if_absent)
         raise UnavailableError("connection reset")
+
+
+class KilledAtTheManifest(LocalStore):
+    """A store whose user dies in the middle of a deletion, once the set is marked."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        found = list(keys)
+        if SET.prefix + MANIFEST in found:
+            raise SystemExit
+        super().delete(found)
+
+
+class DeletingMeanwhile(LocalStore):
+    """A store on which somebody deletes the set while its manifest is on its way."""
+
+    is_half_done = False
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if key == SET.prefix + MANIFEST:
+            other = KilledAtTheManifest if self.is_half_done else LocalStore
+            with contextlib.suppress(SystemExit):
+                delete_set(other(self.location.place), SET)
+        return super().put(key, data, if_absent=if_absent)
+
+
+def test_a_manifest_that_comes_after_the_deletion_of_its_set_is_withdrawn(local_store: LocalStore) -> None:
+    written(local_store)
+    with pytest.raises(FinalError, match="deleted the set while it was closed"):
+        close(DeletingMeanwhile(local_store.location.place), GITSERVER)
+    assert list(local_store.entries(SET.prefix)) == []
+    assert list(list_sets(local_store, "app")) == []
+
+
+def test_a_manifest_that_comes_while_its_set_is_deleted_is_withdrawn(local_store: LocalStore) -> None:
+    written(local_store)
+    store = DeletingMeanwhile(local_store.location.place)
+    store.is_half_done = True
+    with pytest.raises(FinalError, match="deleted the set while it was closed"):
+        close(store, GITSERVER)
+    assert local_store.head(SET.prefix + MANIFEST) is None
+    delete_set(local_store, SET)
+    assert list(list_sets(local_store, "app")) == []
 
 
 @pytest.mark.parametrize("stored", [[True], [False], [False, True], [True, True]])
