@@ -128,7 +128,8 @@ class DatabaseFacts(_Document):
     labels: tuple[Label, ...]
     settings: tuple[Setting, ...]
     connection_limit: int
-    tablespace: str
+    tablespace: str = Field(description="The database's own.")
+    tablespaces: tuple[str, ...] = Field(default=(), description="Those that tables and indexes are in by name.")
     encoding: str
     locale_provider: str = Field(description="'c' libc, 'i' ICU, 'b' builtin, as in pg_database.")
     collate: str

@@ -109,6 +109,7 @@ def read_facts(held: Held, operation: Operation, counted: Sequence[TableSize]) -
             settings=_settings(reader, held.oid),
             roles=tuple(Role.model_validate(dict(row._mapping)) for row in reader.execute(_ROLES)),  # noqa: SLF001 - its API
             collations=collations_of(reader),
+            tablespaces=_tablespaces(reader),
             tables=counts,
             sequences=(),
             extensions=tuple(
@@ -203,6 +204,17 @@ def _settings(reader: Connection, oid: int) -> tuple[Setting, ...]:
         name, _, value = row.setting.partition("=")
         found.append(Setting(role=row.role, name=name, value=value))
     return tuple(found)
+
+
+def _tablespaces(reader: Connection) -> tuple[str, ...]:
+    """The tablespaces that relations are in by name, and in which a restore makes them again (manual, 22.6)."""
+    statement = text(
+        "SELECT DISTINCT t.spcname FROM pg_catalog.pg_class c"
+        " JOIN pg_catalog.pg_tablespace t ON t.oid OPERATOR(pg_catalog.=) c.reltablespace"
+        # Of the server's own relations some are in pg_global, and none is dumped.
+        " WHERE c.oid OPERATOR(pg_catalog.>=) CAST(16384 AS oid) AND c.relpersistence OPERATOR(pg_catalog.<>) 't' ORDER BY 1"
+    )
+    return tuple(str(name) for name in reader.execute(statement).scalars())
 
 
 def _hidden_user_mappings(reader: Connection) -> list[str]:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts
 from athena_backup.postgres.rename import maintenance_session, side_name, subscriptions_of
-from athena_backup.postgres.sessions import Database, session, translated
+from athena_backup.postgres.sessions import Database, quoted, session, translated
 from athena_backup.postgres.staging import create_staging, facts_of, missing_roles, restoring_client
 
 
@@ -109,15 +109,26 @@ def _permission_faults(connection: Connection, facts: DatabaseFacts, target: Dat
 
 
 def _absent_things(connection: Connection, facts: DatabaseFacts) -> list[AthenaError]:
-    tablespace = connection.execute(
-        text("SELECT count(*) FROM pg_catalog.pg_tablespace WHERE spcname OPERATOR(pg_catalog.=) :name"),
-        {"name": facts.tablespace},
-    ).scalar_one()
-    if tablespace:
-        return []
-    return [
-        FinalError(f"the destination lacks the tablespace {facts.tablespace}", next_step="create it, then try again")
-    ]
+    statement = text(
+        "SELECT spcname, pg_catalog.has_tablespace_privilege(oid, 'CREATE') AS ours FROM pg_catalog.pg_tablespace"
+    )
+    ours = {row.spcname: row.ours for row in connection.execute(statement)}
+    faults: list[AthenaError] = []
+    # In the default tablespace of a database its relations are made without a right of their own.
+    for name in dict.fromkeys((facts.tablespace, *facts.tablespaces)):
+        if name not in ours:
+            faults.append(
+                FinalError(f"the destination lacks the tablespace {name}", next_step="create it, then try again")
+            )
+        elif not ours[name] and name != "pg_default":
+            role = connection.execute(text("SELECT current_user")).scalar_one()
+            faults.append(
+                FinalError(
+                    f"role {role} may make nothing in the tablespace {name}",
+                    next_step=f"GRANT CREATE ON TABLESPACE {quoted(name)} TO {quoted(role)}",
+                )
+            )
+    return faults
 
 
 def _obstacles(connection: Connection, target: Database) -> list[AthenaError]:

@@ -2,13 +2,14 @@
 
 import time
 
-from round_trip import RESTORE, Make, dump
+from round_trip import RESTORE, Make, dump, rows, stage
 
 from athena_backup.errors import AthenaError
 from athena_backup.manifest import Component
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.sessions import Database, run_sql, session
+from athena_backup.postgres.staging import discard_staging, facts_of
 from athena_backup.store.local import LocalStore
 
 
@@ -60,6 +61,42 @@ def test_a_role_that_may_not_create_databases_and_an_owner_that_it_is_not(
     assert "belongs to postgres" in faults
     with session(postgres.url()) as connection:
         run_sql(connection, "DROP ROLE weak")
+
+
+def test_a_tablespace_that_the_destination_lacks_or_gives_no_right_in(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    """Without it the restore would fail late: the tables of the set are made in it by name."""
+    with session(postgres.url(), {"allow_in_place_tablespaces": "on"}) as connection:
+        run_sql(connection, "CREATE ROLE tenant LOGIN CREATEDB")
+        run_sql(connection, "CREATE TABLESPACE attic LOCATION ''")
+    try:
+        database = make_database(
+            "spread",
+            "CREATE TABLE t (i integer) TABLESPACE attic; CREATE TABLE elsewhere (i integer);"
+            " ALTER DATABASE spread OWNER TO tenant",
+        )
+        component = dump(database, local_store)
+        assert facts_of(component).tablespaces == ("attic",)
+        tenant = Database("spread", database.url.set(username="tenant"))
+        assert 'GRANT CREATE ON TABLESPACE "attic" TO "tenant"' in faults_of(component, tenant)
+        with session(postgres.url()) as connection:
+            run_sql(connection, "GRANT CREATE ON TABLESPACE attic TO tenant")
+        assert faults_of(component, tenant) == ""
+        discard_staging(database, RESTORE)
+        staged = stage(component, database, local_store)
+        inside = Database("inside", database.url.set(database=staged.name))
+        assert rows(inside, "SELECT tablespace FROM pg_tables WHERE tablename = 't'") == [("attic",)]
+        discard_staging(database, RESTORE)
+    finally:
+        with session(postgres.url()) as connection:
+            run_sql(connection, "DROP DATABASE IF EXISTS spread")
+            run_sql(connection, "DROP TABLESPACE attic")
+            run_sql(connection, "DROP ROLE tenant")
+    assert (
+        faults_of(component, Database("other", database.url.set(database="other")))
+        == "the destination lacks the tablespace attic (create it, then try again)"
+    )
 
 
 def test_a_set_from_a_newer_server(make_database: Make, local_store: LocalStore) -> None:
