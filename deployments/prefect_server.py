@@ -4,9 +4,13 @@ With SQLite a write is refused with 503 whenever another one was at work ("datab
 wait two seconds, then four, eight and so on, in the middle of a backup. The other write takes milliseconds. So each 503 says
 when to come again: soon after the first, then later and later, as without it.
 
-Of many thousand requests one never got an answer (seen; the cause is not known), and who asked waited for a minute, in which
-others were answered. A read is refused in the same way then; a write is left alone, as it may yet be done. Where either stands
-is logged.
+Whoever waits for SQLite's lock waits for some seconds, not for Prefect's minute. While a connection's thread waits, Python's
+garbage collection in the thread of the event loop may free a statement of the same connection, and SQLite keeps it until the wait
+is over: the loop stands still, with the very transaction that has the lock, and nobody is answered (of 20 times eight requests at
+once, one ended so).
+
+A read that has no answer after half a minute for another reason is refused in the same way; a write is left alone, as it may yet be
+done. Where either stands is logged.
 """
 
 import asyncio
@@ -19,6 +23,12 @@ from typing import Any
 
 import anyio
 from prefect.server.api.server import create_app as create_prefect_app
+from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.server.database.dependencies import set_database_config
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
 
 _RETRY_SECONDS = (0.2, 2.0, 6.0, 16.0, 40.0)
 """After the first refusal, the second and so on; then the last."""
@@ -28,6 +38,8 @@ _UNAVAILABLE = 503
 _ANSWER_LIMIT_SECONDS = 30.0
 """Half of what Prefect's clients wait for by default (PREFECT_API_REQUEST_TIMEOUT)."""
 _TOLD_LIMIT_CALLS = 12
+_LOCK_WAIT_MILLISECONDS = 3_000
+"""A thousand times what a write takes, and less than the API waits for a busy server (`adapter.patience`)."""
 logger = logging.getLogger("uvicorn.error")
 
 Message = MutableMapping[str, Any]
@@ -60,8 +72,20 @@ class Refusals:
             self._seen.pop(request, None)
 
 
+class _BrieflyWaiting(AioSqliteConfiguration):
+    def setup_sqlite(self, conn: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        """Prefect's own settings of a connection, with a shorter wait for the lock (https://sqlite.org/pragma.html#pragma_busy_timeout)."""
+        super().setup_sqlite(conn, record)
+        cursor = conn.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {_LOCK_WAIT_MILLISECONDS}")
+        cursor.close()
+
+
 def create_app() -> App:
     """Prefect's ASGI application with its answers to refused requests completed (RFC 9110, 10.2.3)."""
+    url = str(PREFECT_API_DATABASE_CONNECTION_URL.value())
+    if make_url(url).get_backend_name() == "sqlite":
+        set_database_config(_BrieflyWaiting(connection_url=url))
     return telling_when_to_retry(answering_in_time(create_prefect_app()), Refusals())
 
 

@@ -1,9 +1,12 @@
 """What every process of the service is started with."""
 
+import contextlib
 import os
+import sqlite3
 import ssl
 from pathlib import Path
 
+import httpx
 import pytest
 from service import Service
 
@@ -49,5 +52,23 @@ def test_the_lock_of_a_prefect_server_that_was_killed_does_not_hold_up_the_next_
         limit = service.prefect("GET", "/v2/concurrency_limits/athena-app")["name"]
         asked = {"names": [limit], "slots": 1, "mode": "concurrency", "lease_duration": 60}
         assert service.prefect("POST", "/v2/concurrency_limits/increment-with-lease", asked)["lease_id"]
+    finally:
+        service.close()
+
+
+def test_a_write_that_finds_prefects_database_locked_is_refused_within_seconds(tmp_path: Path) -> None:
+    """Whoever waits for the lock may stop the whole server for so long, the transaction that has it too."""
+    (tmp_path / "store").mkdir()
+    service = Service(tmp_path, {"OBJECT_STORE_LOCATION_LOCAL": str(tmp_path / "store")})
+    limit: dict[str, object] = {"name": "of-a-test", "limit": 1}
+    try:
+        service.start()
+        with contextlib.closing(sqlite3.connect(tmp_path / "athena" / "prefect" / "prefect.db", timeout=30)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            url = f"{service.prefect_url}/api/v2/concurrency_limits/"
+            # Half of what Prefect's own setting would let it wait.
+            assert httpx.post(url, json=limit, timeout=30, trust_env=False).status_code == 503
+            other.rollback()
+        assert service.prefect("POST", "/v2/concurrency_limits/", limit)["id"]
     finally:
         service.close()
