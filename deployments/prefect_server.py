@@ -4,10 +4,10 @@ With SQLite a write is refused with 503 whenever another one was at work ("datab
 wait two seconds, then four, eight and so on, in the middle of a backup. The other write takes milliseconds. So each 503 says
 when to come again: soon after the first, then later and later, as without it.
 
-Whoever waits for SQLite's lock waits for some seconds, not for Prefect's minute. While a connection's thread waits, Python's
+Whoever waits for SQLite's lock waits for one second, not for Prefect's minute. While a connection's thread waits, Python's
 garbage collection in the thread of the event loop may free a statement of the same connection, and SQLite keeps it until the wait
 is over: the loop stands still, with the very transaction that has the lock, and nobody is answered (of 20 times eight requests at
-once, one ended so).
+once, one ended so; now it is a second at most).
 
 A read that has no answer after half a minute for another reason is refused in the same way; a write is left alone, as it may yet be
 done. Where either stands is logged.
@@ -38,8 +38,8 @@ _UNAVAILABLE = 503
 _ANSWER_LIMIT_SECONDS = 30.0
 """Half of what Prefect's clients wait for by default (PREFECT_API_REQUEST_TIMEOUT)."""
 _TOLD_LIMIT_CALLS = 12
-_LOCK_WAIT_MILLISECONDS = 3_000
-"""A thousand times what a write takes, and less than the API waits for a busy server (`adapter.patience`)."""
+_LOCK_WAIT_MILLISECONDS = 1_000
+"""Hundreds of times what a write takes. The API waits for a busy server (`adapter.patience`) as long as for several of these."""
 logger = logging.getLogger("uvicorn.error")
 
 Message = MutableMapping[str, Any]

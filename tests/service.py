@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ ODD_KEY = 'schlüssel " 鍵'
 ROOT = Path(__file__).parent.parent
 _START_SECONDS = 150
 PATIENCE_SECONDS = 150.0
-"""Longer than the minute after which Prefect's clients ask again whose request got no answer (seen, the cause is not known)."""
+"""Longer than the minute after which Prefect's clients ask again whose request got no answer."""
 
 
 def await_true(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
@@ -175,14 +174,7 @@ class Service:
         """A call of the Prefect server's own API, as its UI makes it."""
         deadline = time.monotonic() + 30
         while True:
-            try:
-                answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
-            except httpx.ReadTimeout:
-                # Seldom it lets a request go without an answer (why is not known); the next look at the same thing gets one.
-                if method != "GET" or time.monotonic() > deadline + 60:
-                    raise
-                warnings.warn(f"{method} {path} got no answer from Prefect's server within 60 s", stacklevel=2)
-                continue
+            answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60, trust_env=False)
             # So it says, before it has done anything, that its database is locked by another writer for a moment.
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                 break
