@@ -20,11 +20,9 @@ KEY = "a-test-key"
 ODD_KEY = 'schlüssel " 鍵'
 ROOT = Path(__file__).parent.parent
 _START_SECONDS = 150
-PATIENCE_SECONDS = 150.0
-"""Longer than the minute after which Prefect's clients ask again whose request got no answer."""
 
 
-def await_true(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+def await_true(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Wait for a condition; the test fails naming it if it doesn't come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -192,7 +190,7 @@ class Service:
         return str(self.prefect("GET", f"/flow_runs/{run}")["state_type"])
 
     @contextmanager
-    def stopped_child(self, program: str, seconds: float = PATIENCE_SECONDS) -> Iterator[int]:
+    def stopped_child(self, program: str, seconds: float = 60.0) -> Iterator[int]:
         """Catch the next of this service's processes of the program, and hold it still (SIGSTOP) while the block lasts."""
         found: list[int] = []
         before = set(self._children(program))

@@ -114,13 +114,14 @@ def _absent_things(connection: Connection, facts: DatabaseFacts) -> list[AthenaE
     )
     ours = {row.spcname: row.ours for row in connection.execute(statement)}
     faults: list[AthenaError] = []
-    # In the default tablespace of a database its relations are made without a right of their own.
+    # CREATE DATABASE takes the right too where it names the database's own, which it does for all but pg_default.
+    free = {"pg_default"} & {facts.tablespace}
     for name in dict.fromkeys((facts.tablespace, *facts.tablespaces)):
         if name not in ours:
             faults.append(
                 FinalError(f"the destination lacks the tablespace {name}", next_step="create it, then try again")
             )
-        elif not ours[name] and name != "pg_default":
+        elif not ours[name] and name not in free:
             role = connection.execute(text("SELECT current_user")).scalar_one()
             faults.append(
                 FinalError(

@@ -46,7 +46,7 @@ def test_a_server_that_does_not_answer_costs_the_slot_before_its_lease_has_ended
 
 
 class _Forgetful(http.server.BaseHTTPRequestHandler):
-    """A server that takes its first request and never answers it, as Prefect's was seen to do once in many thousands."""
+    """A server that takes its first request and never answers it, as Prefect's did while its event loop stood still."""
 
     asked: list[str]
     is_over: threading.Event
