@@ -26,7 +26,7 @@ from athena_backup.manifest import (
 from athena_backup.names import SetId, Timestamp, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import Source, write_stream
-from athena_backup.store import read_document
+from athena_backup.store import Entry, read_document
 from athena_backup.store.local import LocalStore
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
@@ -215,6 +215,30 @@ class DeletingMeanwhile(LocalStore):
             with contextlib.suppress(SystemExit):
                 delete_set(other(self.location.place), SET)
         return super().put(key, data, if_absent=if_absent)
+
+
+class GoneAfterTheManifest(LocalStore):
+    """A store that is away as soon as the manifest stands."""
+
+    is_gone = False
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        stored = super().put(key, data, if_absent=if_absent)
+        self.is_gone = key == SET.prefix + MANIFEST
+        return stored
+
+    def head(self, key: str) -> Entry | None:
+        if self.is_gone:
+            raise UnavailableError("connection reset")
+        return super().head(key)
+
+
+def test_a_store_that_goes_away_once_the_manifest_stands_does_not_make_the_backup_a_failure(
+    local_store: LocalStore,
+) -> None:
+    written(local_store)
+    assert isinstance(close(GoneAfterTheManifest(local_store.location.place), GITSERVER), Manifest)
+    assert [one.status for one in list_sets(local_store, "app")] == ["Success"]
 
 
 def test_a_manifest_that_comes_after_the_deletion_of_its_set_is_withdrawn(local_store: LocalStore) -> None:
