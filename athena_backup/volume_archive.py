@@ -111,7 +111,7 @@ def write_volume(
 
         def judged() -> VolumeFacts:
             facts = _facts([*(archive.members for archive in large), last.members], walk, shares.lost())
-            _judge(facts, volume, torn_limit, allow_empty=allow_empty)
+            _judge(facts, walk.missed_files, volume, torn_limit, allow_empty=allow_empty)
             return facts
 
         if not large:
@@ -209,13 +209,14 @@ class _Rest:
                 yield from self.members.pieces(entry)
 
 
-def _judge(facts: VolumeFacts, volume: Volume, torn_limit: float, *, allow_empty: bool) -> None:
+def _judge(facts: VolumeFacts, missed_files: int, volume: Volume, torn_limit: float, *, allow_empty: bool) -> None:
     if facts.members <= 1 and not allow_empty:
         raise FinalError(
             f"{volume.directory} is empty: is it mounted?",
             next_step="mount it; a volume that may be empty is named in ATHENA_EMPTY_VOLUMES",
         )
-    lost, all_files = len(facts.torn) + len(facts.vanished), facts.files + len(facts.vanished)
+    vanished = len(facts.vanished) + missed_files
+    lost, all_files = len(facts.torn) + vanished, facts.files + vanished
     if lost > torn_limit * max(1, all_files):
         names = ", ".join([*facts.torn, *facts.vanished][:5])
         raise FinalError(

@@ -73,21 +73,26 @@ def open_entry(entry: Entry) -> tuple[int, os.stat_result] | None:
 
 
 def open_quietly(name: bytes, flags: int, folder: int) -> int:
-    """Open without touching the access time where that is permitted: O_NOATIME is for a file's owner only (open(2)).
+    """Open like `open_without_atime`.
 
     Waits for whoever has a lease on the file, as file servers do: it has been told to give it up, and has to (fcntl(2), F_SETLEASE).
     """
     deadline = time.monotonic() + _LEASE_SECONDS
     while True:
         try:
-            try:
-                return os.open(name, flags | os.O_NOATIME, dir_fd=folder)
-            except PermissionError:
-                return os.open(name, flags, dir_fd=folder)
+            return open_without_atime(name, flags, folder)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise
         time.sleep(_LEASE_LOOK_SECONDS)
+
+
+def open_without_atime(name: bytes, flags: int, folder: int) -> int:
+    """Open without touching the access time where that is permitted: O_NOATIME is for a file's owner only (open(2))."""
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=folder)
+    except PermissionError:
+        return os.open(name, flags, dir_fd=folder)
 
 
 @contextlib.contextmanager

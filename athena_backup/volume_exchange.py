@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import stat
@@ -30,7 +31,7 @@ from athena_backup.operation import Operation
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
 from athena_backup.volume_extract import OwnerMap, RestoredVolume, read_volume
-from athena_backup.volume_preflight import mount_points, preflight_volume
+from athena_backup.volume_preflight import mount_points
 from athena_backup.volume_staging import (
     LOCK,
     LOCK_FLAGS,
@@ -54,12 +55,13 @@ from athena_backup.volume_staging import (
 )
 from athena_backup.volume_walk import STAGING_PREFIX
 
-__all__ = ["discard_volume", "leftovers", "preflight_volume", "recover_volume", "stage_volume", "switch_volume"]
+__all__ = ["discard_volume", "leftovers", "recover_volume", "stage_volume", "switch_volume"]
 
 _RENAME_NOREPLACE = 1
 _ROUNDS = 1_000
 """How often something that live writers make anew is put out of the way before the switch gives up."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
+logger = logging.getLogger("athena_backup.volumes")
 
 
 def stage_volume(
@@ -171,8 +173,15 @@ def _discard(root: int, staging: int, restore_id: str) -> None:
 def _discard_replaced(root: int, staging: int, restore_id: str) -> None:
     """Remove what a finished switch replaced. What can't be removed (an immutable file, one that NFS keeps for whoever has it
     open, a folder that is written to without end) makes no failure of a switch that is done; the next restore tries again."""
-    with contextlib.suppress(OSError):
+    try:
         _discard(root, staging, restore_id)
+    except OSError as error:
+        logger.warning(
+            "what restore %s has replaced can't be removed, and stays in the volume: %s",
+            restore_id,
+            error,
+            exc_info=True,
+        )
 
 
 def _begin(root: int, staging: int) -> None:
@@ -224,11 +233,25 @@ def _move_out(root: int, staging: int) -> None:
 
 
 def _move_back(root: int, staging: int) -> None:
-    """Nothing staged has been moved yet: what is in `old/` goes back to where it was, and the switch has not begun."""
-    with opened_folder(staging, OLD, make=True) as old:
+    """Nothing staged has been moved yet: what is in `old/` goes back to where it was, and the switch has not begun.
+
+    What live writers made meanwhile under the same names is theirs, and stays beside it.
+    """
+    with opened_folder(staging, OLD, make=True) as old, opened_folder(staging, MET, make=True) as met:
         for name in _names(old):
             _move(old, root, name, staging, aside=root)
+        beside = []
+        for name in _names(met):
+            number, _, own = name.partition(b"-")
+            beside.append(b"%b.athena-%b" % (own, number))
+            _rename(met, root, name, beside[-1])
         os.fsync(old)
+        os.fsync(met)
+    if beside:
+        logger.warning(
+            "a switch was taken back; what was written meanwhile, under names that are back in place, lies beside them as %s",
+            ", ".join(map(shown, beside)),
+        )
     os.utime(root, ns=(os.fstat(root).st_atime_ns, _times(staging)[1]))
     os.fsync(root)
     os.unlink(STATE, dir_fd=staging)
@@ -307,14 +330,15 @@ def _take_over_attributes(new: int, root: int, mode: int) -> None:
     status, current = os.fstat(new), os.fstat(root)
     if (status.st_uid, status.st_gid) != (current.st_uid, current.st_gid):
         os.fchown(root, status.st_uid, status.st_gid)
-    if stat.S_IMODE(os.fstat(root).st_mode) != mode:
-        os.fchmod(root, mode)
     wanted, present = _xattrs(new), _xattrs(root)
     for name in present.keys() - wanted.keys():
         os.removexattr(root, name)
     for name, value in wanted.items():
         if present.get(name) != value:
             os.setxattr(root, name, value)
+    # Behind the ACL, whose entry for the owner was changed with `new/` when that was made ours to write into.
+    if stat.S_IMODE(os.fstat(root).st_mode) != mode:
+        os.fchmod(root, mode)
 
 
 def _xattrs(folder: int) -> dict[str, bytes]:

@@ -32,7 +32,7 @@ PASSES = 20
 """How often objects are listed again because listed ones vanished, before the repository is given up."""
 _ALTERNATES_LIMIT_BYTES = 64 << 10
 # What other entries of a repository depend on, and what depends on none of them and may be large.
-_FIRST, _LAST = (b"refs", b"reftable", b"packed-refs", b"HEAD", b"config"), (b"hooks", b"lfs", b"modules")
+_REFS, _FIRST, _LAST = (b"refs", b"reftable"), (b"packed-refs", b"HEAD", b"config"), (b"hooks", b"lfs", b"modules")
 # What `git pack-refs` and `git gc` have only while they run.
 _TRANSIENT = {b"packed-refs.new", b"gc.pid"}
 
@@ -51,16 +51,19 @@ def is_repository(folder: int, names: Sequence[bytes]) -> bool:
 
 def repository(walk: "Walk", folder: int, path: bytes, names: Sequence[bytes], depth: int) -> Iterator[Entry]:
     """What lies in a repository, in the order that keeps it whole; raises as the walk does."""
+    if b"refs" in names:
+        # A loose ref that vanishes was packed, and packed-refs comes next; or its owner deleted it.
+        yield from walk.one(folder, path, b"refs", depth, is_passing=True)
+    if b"reftable" in names:
+        yield from _together_with_folder(walk, folder, path, b"reftable", depth)
+    # Once more: a repository's first `git pack-refs` makes packed-refs, and takes the refs that were not read yet.
+    names = sorted({*names, *walk.names(folder, path)})
     first = [name for name in _FIRST if name in names]
     last = [name for name in _LAST if name in names]
-    middle = [name for name in names if name not in (*first, *last, b"objects") and not _is_transient(name)]
+    middle = [name for name in names if name not in (*_REFS, *first, *last, b"objects") and not _is_transient(name)]
     for name in (*first, *middle):
-        if name == b"reftable":
-            yield from _together_with_folder(walk, folder, path, name, depth)
-        else:
-            # A loose ref that vanishes was packed, and packed-refs comes next; or its owner deleted it, and its log. In info
-            # the temporary files of `git update-server-info` come and go.
-            yield from walk.one(folder, path, name, depth, is_passing=name in (b"refs", b"logs", b"info"))
+        # Of what git deletes with a ref its log; in info the temporary files of `git update-server-info` come and go.
+        yield from walk.one(folder, path, name, depth, is_passing=name in (b"logs", b"info"))
     own = path + b"objects"
     status, objects = walk.look(folder, own, b"objects") or (None, None)
     if status is None or objects is None:
@@ -137,7 +140,7 @@ def _loose(
     walk: "Walk", objects: int, path: bytes, depth: int, done: set[bytes], folders: dict[bytes, os.stat_result]
 ) -> Iterator[Entry]:
     """Every object in a file of its own that was not given yet; what is no folder of objects once, as it is."""
-    for name in walk.names(objects, path):
+    for name in walk.ahead(objects, walk.names(objects, path)):
         own = path + name
         if name in (b"pack", b"info") or _is_temporary(name) or own in done:
             continue
@@ -160,7 +163,7 @@ def _loose(
 
 
 def _loose_in(walk: "Walk", folder: int, path: bytes, depth: int, done: set[bytes]) -> Iterator[Entry]:
-    for name in walk.names(folder, path):
+    for name in walk.ahead(folder, walk.names(folder, path)):
         own = path + name
         if own in done or _is_temporary(name):
             continue

@@ -8,6 +8,7 @@ that the archives together are a tree that a restore takes.
 import contextlib
 import enum
 import heapq
+import itertools
 import os
 import stat
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from athena_backup.volume_ahead import Ahead
 from athena_backup.volume_entry import (
     DIRECTORY_FLAGS,
     GONE,
@@ -35,6 +37,7 @@ ARCHIVE_BYTES = 1 << 30
 _ARCHIVES_LIMIT = 64
 _FILES_LIMIT = 20_000
 """The most files that are listed, about 10 MB of memory; the biggest are, the others stay with their folders."""
+_BATCH = 256
 _ENTRY_BYTES = 32 << 10
 """What an entry of the last archive costs beyond its bytes: in the time for looking at it so many are compressed."""
 
@@ -64,20 +67,16 @@ class Layout:
     """Every folder above a large file but the root, as it was found."""
 
 
-@dataclass
-class _Weight:
-    total_bytes: int = 0
-
-
 def look(root: int, check: Callable[[], None], *, large_bytes: int, archive_bytes: int) -> Layout:
     """Look over the tree below the open ``root`` and share out its regular files of at least ``large_bytes``.
 
     Those with several names are left where they are, as are git repositories (whose order says when a file is read). What
     vanishes meanwhile or can't be read is passed over: the walk meets it again, and tells. ``check`` raises to stop.
     """
-    weight = _Weight()
     device = os.fstat(root).st_dev
-    found = heapq.nlargest(_FILES_LIMIT, _large_files(root, b"", 0, device, large_bytes, check, weight))
+    with Ahead(check, content=False) as ahead:
+        search = _Search(device, large_bytes, check, ahead)
+        found = heapq.nlargest(_FILES_LIMIT, search.files(root, b"", 0))
     folders: dict[bytes, Folder | None] = {}
     for file in found:
         for path in folders_above(file.path):
@@ -87,50 +86,69 @@ def look(root: int, check: Callable[[], None], *, large_bytes: int, archive_byte
     files = [file for file in found if all(folders[path] is not None for path in folders_above(file.path))]
     return Layout(
         archives=_shared_out(files, archive_bytes),
-        rest_bytes=weight.total_bytes - sum(file.size_bytes for file in files),
+        rest_bytes=search.weight_bytes - sum(file.size_bytes for file in files),
         folders={path: folder for path, folder in folders.items() if folder is not None},
     )
 
 
-def _large_files(
-    folder: int, path: bytes, depth: int, device: int, large_bytes: int, check: Callable[[], None], weight: _Weight
-) -> Iterator[LargeFile]:
-    check()
-    if depth > DEPTH_LIMIT:
-        return
-    if _is_repository(folder):
-        weight.total_bytes += _packs_bytes(folder, device)
-        return
-    folders = []
-    # Entry by entry: a folder may have a million of them.
-    with contextlib.suppress(OSError), os.scandir(folder) as items:
+@dataclass
+class _Search:
+    """The look over a tree for its large files; ``weight_bytes`` is of all that it met."""
+
+    device: int
+    large_bytes: int
+    check: Callable[[], None]
+    ahead: Ahead
+    weight_bytes: int = 0
+
+    def files(self, folder: int, path: bytes, depth: int) -> Iterator[LargeFile]:
+        """Those below an open folder, whose path has the closing slash or is empty."""
+        self.check()
+        if depth > DEPTH_LIMIT:
+            return
+        if _is_repository(folder):
+            self.weight_bytes += _packs_bytes(folder, self.device)
+            return
+        folders: list[bytes] = []
+        with contextlib.suppress(OSError), os.scandir(folder) as items:
+            # Not all at once: a folder may have a million of them.
+            while batch := list(itertools.islice(items, _BATCH)):
+                self.check()
+                for name in self.ahead.names(folder, self._plain(batch, folders, is_root=not path)):
+                    if (status := _status(folder, name)) is not None:
+                        size_bytes = _stored_bytes(status)
+                        self.weight_bytes += size_bytes
+                        if size_bytes >= self.large_bytes and status.st_nlink == 1 and status.st_dev == self.device:
+                            yield LargeFile(size_bytes, path + name)
+        for name in self.ahead.names(folder, folders):
+            try:
+                inner = open_quietly(name, DIRECTORY_FLAGS, folder)
+            except OSError:
+                continue
+            try:
+                if os.fstat(inner).st_dev == self.device:
+                    yield from self.files(inner, path + name + b"/", depth + 1)
+            finally:
+                os.close(inner)
+
+    def _plain(self, items: Sequence["os.DirEntry[str]"], folders: list[bytes], *, is_root: bool) -> list[bytes]:
+        """The names of those that are regular files; folders are added to ``folders``."""
+        plain = []
         for item in items:
-            weight.total_bytes += _ENTRY_BYTES
+            self.weight_bytes += _ENTRY_BYTES
             name = os.fsencode(item.name)
-            if not path and name.startswith(STAGING_PREFIX):
+            if is_root and name.startswith(STAGING_PREFIX):
                 continue
             if item.is_dir(follow_symlinks=False):
                 folders.append(name)
-            elif item.is_file(follow_symlinks=False) and (status := _status(item)) is not None:
-                size_bytes = _stored_bytes(status)
-                weight.total_bytes += size_bytes
-                if size_bytes >= large_bytes and status.st_nlink == 1 and status.st_dev == device:
-                    yield LargeFile(size_bytes, path + name)
-    for name in folders:
-        try:
-            inner = open_quietly(name, DIRECTORY_FLAGS, folder)
-        except OSError:
-            continue
-        try:
-            if os.fstat(inner).st_dev == device:
-                yield from _large_files(inner, path + name + b"/", depth + 1, device, large_bytes, check, weight)
-        finally:
-            os.close(inner)
+            elif item.is_file(follow_symlinks=False):
+                plain.append(name)
+        return plain
 
 
-def _status(item: "os.DirEntry[str]") -> os.stat_result | None:
+def _status(folder: int, name: bytes) -> os.stat_result | None:
     try:
-        return item.stat(follow_symlinks=False)
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except OSError:
         return None
 
@@ -163,7 +181,9 @@ def _packs_bytes(repository: int, device: int) -> int:
         if packs is not None:
             try:
                 with os.scandir(packs) as items:
-                    return sum(_stored_bytes(status) for item in items if (status := _status(item)) is not None)
+                    return sum(
+                        _stored_bytes(status) for item in items if (status := _status(packs, os.fsencode(item.name)))
+                    )
             finally:
                 os.close(packs)
     return 0

@@ -106,9 +106,10 @@ class Members:
             os.close(descriptor)
 
     def _content(self, entry: Entry, descriptor: int, status: os.stat_result) -> Iterator[bytes]:
-        xattrs = xattrs_of(descriptor)
         for _ in range(_READS):
             before = status
+            # Each time anew: an ACL that is changed meanwhile goes with the mode that it makes.
+            xattrs = xattrs_of(descriptor)
             if before.st_size > REREAD_LIMIT_BYTES:
                 yield from self._large(entry, descriptor, before, xattrs)
                 return

@@ -7,14 +7,16 @@ what a file system, a mount or a container lets a process set can't be told from
 import contextlib
 import os
 import re
+import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
 from athena_backup.manifest import Component, VolumeFacts
 from athena_backup.volume_extract import OwnerMap
 from athena_backup.volume_staging import made_staging, told
+from athena_backup.volume_walk import STAGING_PREFIX
 
 _PROBE = b"probe"
 _PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -50,7 +52,7 @@ def preflight_volume(
         with told(root):
             if not root.is_dir():
                 return [FinalError(f"{root} is no directory", next_step="mount or make it, or correct ATHENA_VOLUMES")]
-            faults = [*_mount_faults(root), *_room_faults(root, component, facts)]
+            faults = [*_mount_faults(root, facts), *_room_faults(root, *_need(component))]
             if facts.devices and not allow_devices:
                 advice = "allow device nodes in the restore if they are wanted"
                 faults.append(FinalError(f"the set holds {facts.devices} device nodes", next_step=advice))
@@ -71,25 +73,71 @@ def mount_points(root: Path) -> list[str]:
     return [place for place in map(os.fsdecode, places) if place.startswith(own)]
 
 
-def _mount_faults(root: Path) -> list[AthenaError]:
+def _mount_faults(root: Path, facts: VolumeFacts) -> list[AthenaError]:
     inside = mount_points(root)
-    if not inside:
-        return []
-    return [FinalError(f"{', '.join(inside)} is mounted inside {root}", next_step="unmount it during the restore")]
+    if inside:
+        return [FinalError(f"{', '.join(inside)} is mounted inside {root}", next_step="unmount it during the restore")]
+    return [
+        FinalError(
+            f"{place} is another file system inside {root}, and what is in it is in no set",
+            next_step="move it out of the volume during the restore",
+        )
+        for place in _other_file_systems(root, facts)
+    ]
 
 
-def _room_faults(root: Path, component: Component, facts: VolumeFacts) -> list[AthenaError]:
+def _other_file_systems(root: Path, facts: VolumeFacts) -> list[str]:
+    """Folders of other file systems that no list of mounts shows, as subvolumes of btrfs: at the root, and where backups met them."""
+    device = os.stat(root).st_dev
+    at_root = [path for path in root.iterdir() if not path.name.startswith(STAGING_PREFIX.decode())]
+    places = dict.fromkeys([*at_root, *(root / place for place in facts.other_file_systems)])
+    found = []
+    for place in places:
+        with contextlib.suppress(OSError):
+            status = os.lstat(place)
+            if stat.S_ISDIR(status.st_mode) and status.st_dev != device:
+                found.append(str(place))
+    return found
+
+
+def preflight_room(restored: Sequence[tuple[Component, Path]]) -> list[AthenaError]:
+    """Where volumes that are restored at the same time share a file system that has not enough room for all of them.
+
+    What one alone has no room for is a fault of `preflight_volume`, and no fault here.
+    """
+    shared: dict[int, list[tuple[Component, Path]]] = {}
+    for component, root in restored:
+        with contextlib.suppress(OSError):
+            shared.setdefault(os.stat(root).st_dev, []).append((component, root))
+    faults: list[AthenaError] = []
+    for together in shared.values():
+        root = together[0][1]
+        if len(together) > 1 and not any(_room_faults(place, *_need(one)) for one, place in together):
+            needs = [_need(one) for one, _ in together]
+            names = ", ".join(one.name for one, _ in together)
+            found = _room_faults(root, sum(need[0] for need in needs), sum(need[1] for need in needs))
+            faults += [FullError(f"{names}, on one file system: {one.cause}", next_step=one.next_step) for one in found]
+    return faults
+
+
+def _need(component: Component) -> tuple[int, int]:
+    """The bytes and the inodes that a volume takes beside what is live."""
+    if component.volume is None:
+        return 0, 0
+    # Files with holes need less than their sizes; what the archive holds is then the better measure.
+    return min(component.volume.content_bytes, component.raw_size_bytes), component.volume.members
+
+
+def _room_faults(root: Path, needed_bytes: int, needed_inodes: int) -> list[AthenaError]:
     status = os.statvfs(root)
     free_bytes = status.f_bavail * status.f_frsize
-    # Files with holes need less than their sizes; what the archive holds is then the better measure.
-    needed_bytes = min(facts.content_bytes, component.raw_size_bytes)
     advice = "make room beside what is live, which stays until the switch"
     faults: list[AthenaError] = []
     if free_bytes < needed_bytes:
         faults.append(FullError(f"{root} has {free_bytes} bytes free, {needed_bytes} are needed", next_step=advice))
-    if status.f_files > 0 and status.f_favail < facts.members:
+    if status.f_files > 0 and status.f_favail < needed_inodes:
         faults.append(
-            FullError(f"{root} has {status.f_favail} inodes free, {facts.members} are needed", next_step=advice)
+            FullError(f"{root} has {status.f_favail} inodes free, {needed_inodes} are needed", next_step=advice)
         )
     return faults
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
+from athena_backup.volume_entry import shown
 from athena_backup.volume_walk import STAGING_PREFIX
 
 NEW, OLD, MET, LOCK, STATE, TIME, MODE = b"new", b"old", b"met", b"lock", b"state", b"time", b"mode"
@@ -152,6 +153,7 @@ def _empty(folder: int, keep: tuple[bytes, ...] = ()) -> None:
 
     Every folder is listed once: listed again for each folder in it, one with 100,000 of them would take hours.
     """
+    device = os.fstat(folder).st_dev
     levels = [_Level(folder, b"", _remove_files(folder, keep))]
     again = 0
     try:
@@ -162,6 +164,9 @@ def _empty(folder: int, keep: tuple[bytes, ...] = ()) -> None:
                 with contextlib.suppress(FileNotFoundError):
                     descriptor = _open_for_removal(level.descriptor, name)
                     levels.append(_Level(descriptor, name, []))
+                    if os.fstat(descriptor).st_dev != device:
+                        # A mount, or a subvolume of btrfs, which is renamed and removed like a folder: what is in it is in no set.
+                        raise OSError(errno.EXDEV, "it is another file system, which is not removed", shown(name))
                     levels[-1].below = _remove_files(descriptor)
                 continue
             levels.pop()

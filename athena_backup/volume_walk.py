@@ -5,15 +5,17 @@ What can go wrong in a tree that people write to stands in "volumes", section 1;
 that names the entry.
 """
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from athena_backup import volume_git
 from athena_backup.errors import FinalError
 from athena_backup.operation import Operation
+from athena_backup.volume_ahead import Ahead
 from athena_backup.volume_entry import (
     DIRECTORY_FLAGS,
     GONE,
@@ -25,11 +27,14 @@ from athena_backup.volume_entry import (
     reading,
     shown,
 )
+from athena_backup.volume_moved import Moved
 
 STAGING_PREFIX = b".athena-"
 """Names at the root of a volume that are ours; never backed up."""
 DEPTH_LIMIT = 250
 """Folders within folders; each holds a descriptor open while what is below it is read."""
+_SEARCHES = 3
+"""How often renamed folders are sought: while what is in them is read, others in them may be renamed."""
 PATH_LIMIT_SEGMENTS = DEPTH_LIMIT + 4
 """Of any path that the walk gives: git's order goes down to `objects/info/commit-graphs/*` without counting."""
 
@@ -61,6 +66,8 @@ class Walk:
     root: Path
     operation: Operation
     vanished: list[str] = field(default_factory=list)
+    missed_files: int = 0
+    """How many more vanished with those, in folders that are named as one."""
     sockets: int = 0
     other_file_systems: list[str] = field(default_factory=list)
     alternates: list[str] = field(default_factory=list)
@@ -69,6 +76,10 @@ class Walk:
     device: int = -1
     may_enter: Callable[[bytes], bool] = lambda _: True
     """Whether a folder of that path may be given; one that may not counts as vanished."""
+    _ahead: Ahead | None = None
+    _moved: Moved = field(default_factory=Moved)
+    _numbers_agree: bool = True
+    """Whether listings have the inode numbers that looks have: not on every overlay."""
 
     def entries(self, root: int | None = None) -> Iterator[Entry]:
         """Every entry below the root, a directory after its content, the root itself (path ``.``) last.
@@ -81,7 +92,10 @@ class Walk:
             with reading(b"."):
                 status = os.fstat(descriptor)
             self.device = status.st_dev
-            yield from self.content(descriptor, b"", 0)
+            self._moved = Moved()
+            with Ahead(self.operation.check, content=True) as self._ahead:
+                yield from self.content(descriptor, b"", 0)
+                yield from self._moved_folders(descriptor)
             yield Entry(b".", status, descriptor, descriptor)
             check_root(self.root, status)
         finally:
@@ -93,30 +107,67 @@ class Walk:
             raise FinalError(
                 f"{shown(path)} lies more than {DEPTH_LIMIT} folders deep", next_step="is it made by mistake?"
             )
-        names = self.names(folder, path)
+        names, folders = self._listing(folder, path)
         if volume_git.is_repository(folder, names):
             yield from volume_git.repository(self, folder, path, names, depth)
             return
-        for name in names:
+        for name in self.ahead(folder, names):
             if not (is_passing and name.endswith(b".lock")):
-                yield from self.one(folder, path, name, depth, is_passing=is_passing)
+                inode = None if is_passing else folders.get(name)
+                yield from self.one(folder, path, name, depth, is_passing=is_passing, inode=inode)
 
     def names(self, folder: int, path: bytes) -> list[bytes]:
         """The names in an open directory, in order, without those that are ours."""
-        self.operation.check()
-        with reading(path or b"."):
-            names = sorted(os.fsencode(name) for name in os.listdir(folder))
-        return [name for name in names if path or not name.startswith(STAGING_PREFIX)]
+        return self._listing(folder, path)[0]
 
-    def one(self, folder: int, path: bytes, name: bytes, depth: int, *, is_passing: bool = False) -> Iterator[Entry]:
-        """An entry and all that is below it; one that is gone is noted and passed over."""
+    def _listing(self, folder: int, path: bytes) -> tuple[list[bytes], dict[bytes, int]]:
+        """The same, and of those that are folders the inode numbers."""
+        self.operation.check()
+        names: list[bytes] = []
+        folders: dict[bytes, int] = {}
+        with reading(path or b"."), os.scandir(folder) as items:
+            for item in items:
+                name = os.fsencode(item.name)
+                if not path and name.startswith(STAGING_PREFIX):
+                    continue
+                names.append(name)
+                if item.is_dir(follow_symlinks=False):
+                    folders[name] = item.inode()
+        return sorted(names), folders
+
+    def ahead(self, folder: int, names: Sequence[bytes]) -> Iterator[bytes]:
+        """The names in an open directory again, each of which is used at once: where that is slow, the next are fetched meanwhile."""
+        return iter(names) if self._ahead is None else self._ahead.names(folder, names)
+
+    def one(
+        self,
+        folder: int,
+        path: bytes,
+        name: bytes,
+        depth: int,
+        *,
+        is_passing: bool = False,
+        inode: int | None = None,
+    ) -> Iterator[Entry]:
+        """An entry and all that is below it; one that is gone is noted and passed over.
+
+        ``inode``: of what was listed as a folder, its number. One that was renamed since is sought when all has been read.
+        """
         own = path + name
         found = self.look(folder, own, name)
         if found is None:
-            if not is_passing:
+            if inode is not None:
+                self._moved.missing[inode] = own
+            elif not is_passing:
                 self.vanished.append(shown(own))
             return
         status, inner = found
+        if inode is not None and inner is not None:
+            if self._is_another(folder, name, status, inode):
+                self._moved.replaced[inode] = own
+                self._moved.enter(status.st_ino)
+            else:
+                self._moved.enter(inode)
         if inner is None:
             if self._is_mounted(folder, own, name, status):
                 # A mount point, of a file or of a folder: it stands in the archive as an empty folder, or not at all.
@@ -134,6 +185,49 @@ class Walk:
             yield Entry(own, status, folder, inner)
         finally:
             os.close(inner)
+
+    def _is_another(self, folder: int, name: bytes, status: os.stat_result, inode: int) -> bool:
+        """Whether another folder is where one was listed."""
+        if status.st_ino == inode or not self._numbers_agree:
+            return False
+        with contextlib.suppress(OSError), os.scandir(folder) as items:
+            if any(os.fsencode(item.name) == name and item.inode() == inode for item in items):
+                self._numbers_agree = False
+                return False
+        return True
+
+    def _moved_folders(self, root: int) -> Iterator[Entry]:
+        """What was in folders that were renamed before the walk came to them, under the names that they had.
+
+        Of one in whose place another folder was put by then, which has that name, the files are counted as vanished; so are those
+        of folders that are renamed again and again.
+        """
+        for search in range(_SEARCHES):
+            sought, self._moved.missing = self._moved.missing, {}
+            replaced, self._moved.replaced = self._moved.replaced, {}
+            if not sought and not replaced:
+                return
+            seeking = Moved(self._moved.began_ns, sought, replaced, self._moved.entered)
+            for found in seeking.seek(root, self.device, DEPTH_LIMIT, self.operation.check, STAGING_PREFIX):
+                own = sought.get(found.inode) or replaced[found.inode]
+                if own == found.path:  # it is there, and may not be given
+                    continue
+                sought.pop(found.inode, None)
+                if found.inode in replaced or search == _SEARCHES - 1:
+                    self._miss(own, found.descriptor)
+                    continue
+                self._moved.enter(found.inode)
+                with reading(own):
+                    status = os.fstat(found.descriptor)
+                yield from self.content(found.descriptor, own + b"/", own.count(b"/") + 1)
+                yield Entry(own, status, found.descriptor, found.descriptor)
+            self.vanished += [shown(path) for inode, path in sought.items() if not self._moved.is_entered(inode)]
+
+    def _miss(self, path: bytes, folder: int) -> None:
+        """Note a folder that is left out with all that is in it."""
+        self.vanished.append(shown(path))
+        files = sum(len(names) for _, _, names, _ in os.fwalk(".", dir_fd=folder, follow_symlinks=False))
+        self.missed_files += max(0, files - 1)
 
     def _is_mounted(self, folder: int, path: bytes, name: bytes, status: os.stat_result) -> bool:
         """Whether an entry is another file system's; its number alone says so of folders only."""

@@ -532,3 +532,26 @@ def test_a_label_of_the_systems_policy_is_kept_but_asks_for_no_right(
     assert component.volume.xattr_classes == ("system.nfs4_acl", "user")
     raw = b"".join(read_stream("v", component.streams[0].parts, local_store, Operation()))
     assert b"SCHILY.xattr.security.selinux=label" in raw
+
+
+def test_attributes_that_change_while_a_file_is_read_are_those_of_its_last_reading(
+    tmp_path: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right that is taken away in that moment would come back, as an ACL is set after the mode."""
+    root = tmp_path / "live"
+    root.mkdir()
+    (root / "file").write_text("content")
+    os.setxattr(root / "file", "user.right", b"old")
+    read_all = volume_members._read_all
+
+    def reading(descriptor: int, size_bytes: int) -> bytes:
+        content = read_all(descriptor, size_bytes)
+        if os.getxattr(root / "file", "user.right") == b"old":
+            os.setxattr(root / "file", "user.right", b"new")
+        return content
+
+    monkeypatch.setattr(volume_members, "_read_all", reading)
+    component = write_volume(Volume("edweb", root), local_store, SET_ID, "run", Operation())
+    (tmp_path / "new").mkdir()
+    read_volume(component, local_store, tmp_path / "new", Operation())
+    assert os.getxattr(tmp_path / "new" / "file", "user.right") == b"new"

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from unprivileged import NOBODY, as_user
 
 from athena_backup import volume_exchange, volume_preflight
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError, PassingError
-from athena_backup.manifest import Component
+from athena_backup.manifest import Component, Stream
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore
@@ -24,11 +25,11 @@ from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_exchange import (
     discard_volume,
     leftovers,
-    preflight_volume,
     recover_volume,
     stage_volume,
     switch_volume,
 )
+from athena_backup.volume_preflight import preflight_room, preflight_volume
 from athena_backup.volume_staging import half_switched
 
 RESTORE_ID = "0123456789ab"
@@ -296,6 +297,31 @@ def test_what_cannot_be_moved_out_brings_everything_back(
     assert picture(live) == old
 
 
+def test_what_was_written_during_a_switch_that_is_taken_back_stays_beside_what_is_back(
+    component: Component, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged(component, local_store, live)
+    real = volume_exchange._rename
+    made: list[bytes] = []
+
+    def busy(source: int, target: int, name: bytes, new_name: bytes) -> None:
+        if name == b"turns":
+            raise OSError(16, "Device or resource busy", "turns")
+        real(source, target, name, new_name)
+        if name == b"changing" and not made:
+            (live / "changing").write_text("by a live writer")
+            made.append(name)
+
+    monkeypatch.setattr(volume_exchange, "_rename", busy)
+    with pytest.raises(FinalError, match="busy"):
+        switch_volume(live, RESTORE_ID, Operation())
+    discard_volume(live, RESTORE_ID)
+    assert made
+    assert (live / "changing").read_text() == "old"
+    [beside] = live.glob("changing.athena-*")
+    assert beside.read_text() == "by a live writer"
+
+
 def test_what_a_live_writer_makes_during_the_switch_is_put_aside_and_replaces_nothing(
     component: Component, local_store: LocalStore, live: Path, new: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +393,100 @@ def test_attributes_of_the_live_root_that_the_set_has_not_go(
     switch_volume(live, RESTORE_ID, Operation())
     assert os.listxattr(live) == []
     assert (live.stat().st_uid, stat.S_IMODE(live.stat().st_mode)) == (0, 0o751)
+
+
+def test_a_root_with_an_acl_gets_its_mode_too(tmp_path: Path, local_store: LocalStore, live: Path) -> None:
+    """Into what its owner may not write nothing could be moved, so it is made writable meanwhile, and its ACL with it."""
+    source = tmp_path / "with-acl"
+    source.mkdir()
+    (source / "file").touch()
+    entries = [
+        (0x01, 5, 0xFFFFFFFF),
+        (0x02, 7, 4242),
+        (0x04, 5, 0xFFFFFFFF),
+        (0x10, 5, 0xFFFFFFFF),
+        (0x20, 0, 0xFFFFFFFF),
+    ]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(source, "system.posix_acl_access", acl)
+    except OSError as error:
+        pytest.skip(f"no ACLs here: {error}")
+    assert stat.S_IMODE(source.stat().st_mode) == 0o550
+    set_id = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+    staged(write_volume(Volume("repos", source), local_store, set_id, "run", Operation()), local_store, live)
+    switch_volume(live, RESTORE_ID, Operation())
+    assert stat.S_IMODE(live.stat().st_mode) == 0o550
+    assert os.getxattr(live, "system.posix_acl_access") == acl
+    live.chmod(0o750)
+
+
+@pytest.mark.skipif(not AS_ROOT or not shutil.which("unshare"), reason="only root may mount")
+def test_another_file_system_inside_that_no_list_of_mounts_shows_is_a_fault_and_never_emptied(
+    component: Component, live: Path
+) -> None:
+    """A subvolume of btrfs has no line there, and is renamed and removed like any folder."""
+    script = (
+        "import sys, pathlib\n"
+        "from athena_backup import volume_preflight\n"
+        "from athena_backup.manifest import Component\n"
+        "from athena_backup.volume_exchange import discard_volume\n"
+        "volume_preflight.mount_points = lambda root: []\n"
+        "live = pathlib.Path(sys.argv[1])\n"
+        "precious = live / 'both' / 'sub' / 'precious'\n"
+        "precious.touch()\n"
+        "component = Component.model_validate_json(sys.argv[2])\n"
+        "facts = component.volume.model_copy(update={'other_file_systems': ('both/sub', 'gone')})\n"
+        "component = component.model_copy(update={'volume': facts})\n"
+        f"[fault] = volume_preflight.preflight_volume(component, live, '{RESTORE_ID}')\n"
+        "print(fault)\n"
+        f"old = live / '{STAGING}' / 'old'\n"
+        "old.mkdir()\n"
+        "(old / 'sub').mkdir()\n"
+        "import subprocess\n"
+        "subprocess.run(['mount', '--bind', str(precious.parent), str(old / 'sub')], check=True)\n"
+        "try:\n"
+        f"    discard_volume(live, '{RESTORE_ID}')\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "print(precious.exists())\n"
+    )
+    (live / "both" / "sub").mkdir()
+    command = f'mount -t tmpfs none "{live}/both/sub" && exec "{sys.executable}" -c "$SCRIPT" "{live}" "$DOCUMENT"'
+    ended = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True,
+        env={**os.environ, "SCRIPT": script, "DOCUMENT": component.model_dump_json()},
+    )  # fmt: skip
+    if "mount" in ended.stderr:
+        pytest.skip(f"no mounting here: {ended.stderr}")
+    fault, kept, is_there = ended.stdout.splitlines()
+    assert f"{live}/both/sub is another file system inside {live}" in fault
+    assert "another file system, which is not removed" in kept
+    assert is_there == "True", ended.stderr
+
+
+def test_volumes_on_one_file_system_need_room_for_all_of_them(
+    component: Component, live: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert component.volume is not None
+    facts = component.volume.model_copy(update={"content_bytes": 1 << 40})
+    large = component.model_copy(update={"volume": facts, "streams": _claiming(component, 1 << 40)})
+    (tmp_path / "other").mkdir()
+    real = os.statvfs(live)
+    free = [*real[:4], int(1.5 * (1 << 40)) // real.f_frsize, *real[5:]]
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(free))
+    assert preflight_room([(large, live)]) == []
+    [fault] = preflight_room([(large, live), (large.model_copy(update={"name": "edweb"}), tmp_path / "other")])
+    assert isinstance(fault, FullError)
+    assert fault.cause.startswith("repos, edweb, on one file system: ")
+    gone = (large.model_copy(update={"name": "gone"}), tmp_path / "not there")
+    assert preflight_room([(large, live), gone]) == []
+
+
+def _claiming(component: Component, raw_bytes: int) -> tuple[Stream, ...]:
+    (stream,) = component.streams
+    parts = tuple(part.model_copy(update={"raw_size_bytes": raw_bytes}) for part in stream.parts)
+    return (stream.model_copy(update={"parts": parts}),)
 
 
 def give(root: Path, uid: int) -> None:
@@ -511,7 +631,7 @@ class TestPreflight:
         script = (
             "import sys, pathlib\n"
             "from athena_backup.manifest import Component\n"
-            "from athena_backup.volume_exchange import preflight_volume\n"
+            "from athena_backup.volume_preflight import preflight_volume\n"
             "component = Component.model_validate_json(sys.argv[2])\n"
             f"print(preflight_volume(component, pathlib.Path(sys.argv[1]), '{RESTORE_ID}'))\n"
         )

@@ -12,13 +12,14 @@ import pytest
 import zstandard
 from unprivileged import NOBODY, as_user
 
-from athena_backup import volume_extract, volume_read
+from athena_backup import volume_hand, volume_read
 from athena_backup.crew import Crew
 from athena_backup.errors import AthenaError, DamagedError, DeniedError, FinalError, FullError
 from athena_backup.manifest import Component, Part, Stream, VolumeFacts
 from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore
-from athena_backup.volume_extract import open_beneath, read_volume
+from athena_backup.volume_extract import read_volume
+from athena_backup.volume_hand import open_beneath
 from athena_backup.volume_pax import (
     DIRECTORY,
     END,
@@ -285,7 +286,7 @@ def test_a_name_as_deep_as_the_extended_header_allows_is_refused(local_store: Lo
 def test_without_openat2_nothing_is_followed_either(
     local_store: LocalStore, staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volume_extract, "_OPENAT2", 100_000)  # a system call that no kernel has
+    monkeypatch.setattr(volume_hand, "_OPENAT2", 100_000)  # a system call that no kernel has
     (staging / "way").symlink_to("../outside")
     refused(local_store, staging, archive(member(b"way/victim"), ROOT), "lead through a link")
     os.unlink(staging / "way")

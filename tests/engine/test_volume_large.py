@@ -575,11 +575,11 @@ def test_the_look_passes_over_what_vanishes_meanwhile(root: Path, monkeypatch: p
         large(root / name)
     real = volume_large._status
 
-    def looking(item: "os.DirEntry[str]") -> os.stat_result | None:
-        if item.name == "c":
+    def looking(folder: int, name: bytes) -> os.stat_result | None:
+        if name == b"c":
             shutil.rmtree(root / "a")
             (root / "c").unlink()
-        return real(item)
+        return real(folder, name)
 
     monkeypatch.setattr(volume_large, "_status", looking)
     descriptor = os.open(root, os.O_RDONLY)

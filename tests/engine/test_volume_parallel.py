@@ -18,7 +18,7 @@ from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_exchange import stage_volume
-from athena_backup.volume_extract import _Dresser, _Tree, read_volume
+from athena_backup.volume_extract import Tree, _Dresser, read_volume
 from athena_backup.volume_pax import FILE, Member
 
 SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
@@ -197,7 +197,7 @@ def test_a_thread_that_nobody_waits_for_writes_nowhere_else(tmp_path: Path) -> N
     owner = (os.geteuid(), os.getegid())
     file = Member(b"deep/file", FILE, 0o600, *owner, mtime_ns=0, size_bytes=4, stored_bytes=4)
     with contextlib.ExitStack() as threads:
-        with _Tree(descriptor, _Dresser({}, accepts_loss=False), allow_devices=False) as tree:
+        with Tree(descriptor, _Dresser({}, accepts_loss=False), Operation().check, allow_devices=False) as tree:
             begun = threads.enter_context(tree.receiving())
         os.close(descriptor)
         staging.rmdir()

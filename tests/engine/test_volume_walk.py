@@ -179,13 +179,13 @@ def test_a_vanished_file_is_listed(root: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
-@pytest.mark.parametrize("call", ["stat", "open", "listdir", "pread"])
+@pytest.mark.parametrize("call", ["stat", "open", "scandir", "pread"])
 def test_an_entry_that_cannot_be_read_fails_the_component_and_is_named(
     root: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, code: int, call: str
 ) -> None:
     (root / "sub").mkdir()
     (root / "sub" / "bad").write_text("x")
-    inode = (root / "sub").stat().st_ino if call == "listdir" else (root / "sub" / "bad").stat().st_ino
+    inode = (root / "sub").stat().st_ino if call == "scandir" else (root / "sub" / "bad").stat().st_ino
     real = getattr(os, call)
 
     def failing(target: object, *rest: object, **named: object) -> object:
@@ -361,6 +361,22 @@ def test_a_repository_is_read_refs_first_and_packs_last(repository: Path) -> Non
     assert len(paths) == len(set(paths))
     present = {str(path.relative_to(repository)) for path in repository.rglob("*")} | {"."}
     assert set(paths) == present
+
+
+def test_a_repositorys_first_packing_of_its_refs_takes_none_of_them_from_the_copy(repository: Path) -> None:
+    """The file that has them is made while they are read: no listing of before has its name."""
+    commit = git(repository, "rev-parse", "main").strip()
+    for name in ("a", "b", "c"):
+        git(repository, "update-ref", f"refs/heads/{name}", commit)
+    assert not (repository / "packed-refs").exists()
+    given = []
+    for entry in Walk(repository, Operation()).entries():
+        given.append(entry.path.decode())
+        if entry.path == b"refs/heads/a":
+            git(repository, "pack-refs", "--all")
+    assert "refs/heads/main" not in given
+    assert "packed-refs" in given
+    assert given.index("packed-refs") < given.index("objects")
 
 
 def test_objects_that_vanish_into_a_pack_are_found_in_it_and_count_as_nothing_lost(

@@ -1,0 +1,199 @@
+"""Folders that are renamed while a volume is read: what was in them is in the backup all the same."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tree_picture import picture
+
+from athena_backup import volume_members
+from athena_backup.errors import FinalError
+from athena_backup.names import SetId, Timestamp
+from athena_backup.operation import Operation
+from athena_backup.store.local import LocalStore
+from athena_backup.volume_archive import Volume, write_volume
+from athena_backup.volume_entry import Entry
+from athena_backup.volume_extract import read_volume
+from athena_backup.volume_moved import _COARSE_NANOSECONDS
+from athena_backup.volume_walk import Walk
+
+SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """``first`` is read before ``middle``, and that before ``zeta``, which has the most in it."""
+    place = tmp_path / "live"
+    for name in ("first/file", "middle/file", "zeta/file", "zeta/deep/down/file", "zeta/deep/other"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(f"content of {name}")
+    return place
+
+
+def walked(root: Path, when: bytes, disturb: Callable[[], object]) -> tuple[Walk, list[str]]:
+    """A walk with something done when an entry is given."""
+    walk = Walk(root, Operation())
+    paths = []
+    for entry in walk.entries():
+        if entry.path == when:
+            disturb()
+        paths.append(entry.path.decode())
+    assert len(set(paths)) == len(paths)
+    return walk, paths
+
+
+@pytest.mark.parametrize("target", ["alpha", "first/zeta", "middle/zeta", "zz"])
+def test_a_folder_that_is_renamed_before_the_walk_comes_to_it_is_read(root: Path, target: str) -> None:
+    walk, paths = walked(root, b"first/file", lambda: (root / "zeta").rename(root / target))
+    # Where the walk came by later it stands under its new name; the copy is that of no instant either way.
+    own = "middle/zeta" if target == "middle/zeta" else "zeta"
+    assert {f"{own}/file", f"{own}/deep/down/file", f"{own}/deep/other", f"{own}/deep", own} <= set(paths)
+    assert walk.vanished == []
+    assert paths[-1] == "."
+
+
+def test_what_is_renamed_comes_back_with_its_content(
+    root: Path, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = picture(root)
+    pieces = volume_members.Members.pieces
+
+    def disturbed(self: volume_members.Members, entry: Entry) -> object:
+        if entry.path == b"first/file":
+            (root / "zeta").rename(root / "first" / "zeta")
+        return pieces(self, entry)
+
+    monkeypatch.setattr(volume_members.Members, "pieces", disturbed)
+    component = write_volume(Volume("edweb", root), local_store, SET_ID, "run", Operation())
+    (tmp_path / "new").mkdir()
+    read_volume(component, local_store, tmp_path / "new", Operation())
+    restored = picture(tmp_path / "new")
+    for found in (restored, expected):  # the folders into which and out of which it went
+        for changed in (b"", b"/first"):
+            found.pop(changed, None)
+    assert restored == expected
+
+
+def test_folders_in_one_that_is_renamed_may_be_renamed_too(root: Path) -> None:
+    def rename() -> None:
+        (root / "zeta" / "deep" / "down").rename(root / "first" / "down")
+        (root / "zeta").rename(root / "first" / "zeta")
+
+    walk, paths = walked(root, b"first/file", rename)
+    assert "zeta/deep/other" in paths
+    assert walk.vanished == [], "as it was moved before its folder was listed, nobody listed it there"
+
+
+def test_folders_that_change_their_names_with_each_other_are_both_read(root: Path) -> None:
+    def swap() -> None:
+        (root / "middle").rename(root / "aside")
+        (root / "zeta").rename(root / "middle")
+        (root / "aside").rename(root / "zeta")
+
+    walk, paths = walked(root, b"first/file", swap)
+    assert {"middle/deep/other", "zeta/file"} <= set(paths)
+    assert walk.vanished == []
+
+
+def test_of_a_folder_that_was_moved_and_replaced_every_file_counts_as_vanished(
+    root: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has its name by then. More than a hundredth of all files fails the backup, as of others that vanish."""
+
+    def replace() -> None:
+        (root / "zeta").rename(root / "first" / "before")
+        (root / "zeta").mkdir()
+        (root / "zeta" / "new").touch()
+
+    walk, paths = walked(root, b"first/file", replace)
+    assert {"zeta", "zeta/new"} <= set(paths)
+    assert (walk.vanished, walk.missed_files) == (["zeta"], 2)
+
+    shutil.rmtree(root / "zeta")
+    (root / "first" / "before").rename(root / "zeta")
+    pieces = volume_members.Members.pieces
+
+    def disturbed(self: volume_members.Members, entry: Entry) -> object:
+        if entry.path == b"first/file":
+            replace()
+        return pieces(self, entry)
+
+    monkeypatch.setattr(volume_members.Members, "pieces", disturbed)
+    with pytest.raises(FinalError, match="3 of 6 files changed or vanished while they were read: zeta"):
+        write_volume(Volume("edweb", root), local_store, SET_ID, "run", Operation())
+
+
+def test_a_folder_that_is_deleted_is_one_that_vanished(root: Path) -> None:
+    walk, paths = walked(root, b"first/file", lambda: shutil.rmtree(root / "zeta"))
+    assert walk.vanished == ["zeta"]
+    assert not any(path.startswith("zeta") for path in paths)
+
+
+def test_a_new_folder_with_the_number_of_a_deleted_one_is_not_taken_for_it(root: Path) -> None:
+    number = (root / "zeta").stat().st_ino
+    reused: list[Path] = []
+
+    def reuse() -> None:
+        shutil.rmtree(root / "zeta")
+        made_from = time.time_ns() + 2 * _COARSE_NANOSECONDS
+        while time.time_ns() < made_from:  # what is made in the same instant could be as old
+            time.sleep(0.001)
+        for count in range(2_000):
+            made = root / "first" / f"new-{count}"
+            made.mkdir()
+            if made.stat().st_ino == number:
+                (made / "new").touch()
+                reused.append(made)
+                return
+
+    walk, paths = walked(root, b"first/file", reuse)
+    if not reused:
+        pytest.skip("this file system did not use the number again")
+    assert walk.vanished == ["zeta"]
+    assert not any(path.startswith("zeta") for path in paths)
+
+
+def test_a_folder_that_may_not_be_entered_is_not_sought_elsewhere(root: Path) -> None:
+    """It is there under its name, in the place of a file that is in another archive, and counts as vanished."""
+    walk = Walk(root, Operation(), may_enter=lambda path: path != b"zeta")
+    paths = [entry.path for entry in walk.entries()]
+    assert walk.vanished == ["zeta"]
+    assert b"zeta" not in paths
+
+
+def test_a_file_system_whose_listings_have_other_numbers_is_read_as_it_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an overlay's may have."""
+    scandir = os.scandir
+    monkeypatch.setattr("athena_backup.volume_walk.os.scandir", lambda folder: _Listing(scandir(folder)))
+    walk = Walk(root, Operation())
+    paths = [entry.path for entry in walk.entries()]
+    assert not walk._numbers_agree
+    assert b"zeta/deep/down/file" in paths
+    assert walk.vanished == []
+
+
+class _Listing:
+    """A listing with other numbers than looks have."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __enter__(self) -> "map[_Item]":
+        return map(_Item, self._items)
+
+    def __exit__(self, *_: object) -> None:
+        self._items.close()
+
+
+class _Item:
+    def __init__(self, item: "os.DirEntry[str]") -> None:
+        self.name, self.is_dir, self._number = item.name, item.is_dir, item.inode() + (1 << 40)
+
+    def inode(self) -> int:
+        return self._number
