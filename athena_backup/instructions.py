@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Stream, component_folder
 from athena_backup.postgres.copy_in import copy_statement
 from athena_backup.postgres.session_settings import FORMAT_SETTINGS, client_encoding
-from athena_backup.postgres.sessions import connection_string
+from athena_backup.postgres.sessions import ascii_quoted, connection_string, quoted
 
 _TIMEOUT_MAJOR = 17
 """The version of PostgreSQL that brought transaction_timeout, which every dump written by it sets."""
@@ -93,7 +93,7 @@ def _database(manifest: Manifest, component: Component) -> str:
             load(" --section=pre-data --section=data"),
             # Each stream is a COPY of its own: those of one table can't be joined.
             f'rows() {{ for stream in "${{@:2}}"; do cat {shlex.quote(folder)}"$stream".* | {copy}; done; }}',
-            *_rows(tables),
+            *_rows(tables, facts.encoding),
             load(" --section=post-data"),
         ]
     else:
@@ -108,11 +108,13 @@ def _database(manifest: Manifest, component: Component) -> str:
 """
 
 
-def _rows(streams: Sequence[Stream]) -> list[str]:
+def _rows(streams: Sequence[Stream], encoding: str) -> list[str]:
+    # The page is UTF-8, the session is not: other letters than ASCII's are escaped. The bytes of SQL_ASCII have no letters.
+    quote = quoted if encoding in ("UTF8", "SQL_ASCII") else ascii_quoted
     names: dict[str, list[str]] = {}
     for stream in streams:
         if stream.table is not None:
-            names.setdefault(copy_statement(stream.table), []).append(shlex.quote(stream.name))
+            names.setdefault(copy_statement(stream.table, quote=quote), []).append(shlex.quote(stream.name))
     return [f"rows {shlex.quote(statement)} {' '.join(found)}" for statement, found in names.items()]
 
 
@@ -129,8 +131,11 @@ def _create_options(facts: DatabaseFacts) -> str:
     }
     if facts.locale_provider == "i" and facts.locale:
         options |= {"locale-provider": "icu", "icu-locale": facts.locale}
+        options |= {"icu-rules": facts.icu_rules} if facts.icu_rules else {}
     elif facts.locale_provider == "b" and facts.locale:
         options |= {"locale-provider": "builtin", "builtin-locale": facts.locale}
+    if facts.tablespace != "pg_default":
+        options["tablespace"] = facts.tablespace
     return " ".join(f"--{name}={shlex.quote(value)}" for name, value in options.items())
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.sessions import Database, identity, session
+from athena_backup.postgres.sessions import Database, identity, refuse_older, session
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
 from blocks.stores import local_directory, open_block
@@ -54,6 +54,7 @@ def check_database(database: Database, client_directories: list[Path]) -> str:
     """That the database is reachable and every table readable, directly and not through a pooler, and pg_dump new enough."""
     with session(database.url) as connection:
         server = identity(connection)
+        refuse_older(server.version)
         unreadable = [
             str(name)
             for name in connection.execute(

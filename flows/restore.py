@@ -22,15 +22,11 @@ from athena_backup.errors import AthenaError, Fault, FinalError, UnavailableErro
 from athena_backup.manifest import Component, Manifest
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
-from athena_backup.postgres.staging import discard_staging, stage_database
+from athena_backup.postgres.staging import await_server, discard_staging, stage_database
 from athena_backup.settings import load_settings, masked_url
 from athena_backup.store import look_at
-from athena_backup.volume_exchange import (
-    discard_volume,
-    preflight_volume,
-    stage_volume,
-    switch_volume,
-)
+from athena_backup.volume_exchange import discard_volume, stage_volume, switch_volume
+from athena_backup.volume_preflight import preflight_room, preflight_volume
 from flows.components import database_of, omissions, volume_of
 from flows.operating import (
     RETRYING,
@@ -117,6 +113,8 @@ def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
         except AthenaError as error:
             found = [error]
         faults += [error.fault(component=component.name, step="checking before the restore") for error in found]
+    volumes = [(one, volume_of(one.name, working.settings).directory) for one in chosen if one.kind == "volume"]
+    faults += [error.fault(step="checking before the restore") for error in preflight_room(volumes)]
     parts = [part for component in chosen for part in component.parts]
     for part, entry in zip(parts, look_at(working.store, [part.key for part in parts]), strict=True):
         if entry is None or entry.size_bytes != part.size_bytes:
@@ -154,6 +152,7 @@ def stage(name: str) -> None:
             return
         target = database_of(name, working.settings)
         if name in working.begun:
+            await_server(target, working.operation)
             # It is there still if the server was away when it was to be dropped: nothing is loaded into what was half loaded.
             discard_staging(target, restore_id(working))
         working.begun.add(name)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def relayed(target: int, *, is_pooler: bool = False) -> Iterator[int]:
-    """A port that leads to another; a pooler hands out a process id of its own, like PgBouncer (the message BackendKeyData)."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def relayed(target: int, *, is_pooler: bool = False, port: int = 0) -> Iterator[int]:
+    """A port (0: a free one) that leads to another; a pooler hands out a process id of its own, like PgBouncer (the message BackendKeyData)."""
+    listener = socket.create_server(("127.0.0.1", port))
     connections: list[socket.socket] = []
 
     def relay(source: socket.socket, sink: socket.socket, *, change: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 _LINE = re.compile(rb"^(?P<number>\d+); (?P<catalog>\d+) (?P<oid>\d+) (?P<rest>.*)$|^;\tdepends on:(?P<needs>[ \d]*)$")
 # "ACL" and its like are no catalog's rows, so their kind is all that tells them.
 _RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
-_VIEW_DATA = re.compile(rb"^\d+; \d+ \d+ MATERIALIZED VIEW DATA ")
+_VIEW_DATA = re.compile(rb"^\d+; \d+ \d+ MATERIALIZED VIEW DATA (?P<name>.*) \S+$")
 # A comment or label is no catalog's row either: its tag says of what it is.
 _EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ (?:EVENT TRIGGER |(?:COMMENT|SECURITY LABEL) \S+ EVENT TRIGGER )")
 _PG_CLASS, _PG_CONSTRAINT, _PG_STATISTIC_EXT = 1259, 2606, 3381
@@ -67,6 +67,12 @@ def but_rights(entries: Sequence[bytes]) -> list[bytes]:
 def fills_view(line: bytes) -> bool:
     """Whether an entry fills a materialized view."""
     return _VIEW_DATA.match(line) is not None
+
+
+def view_name(line: bytes) -> str:
+    """The schema and name of the materialized view that an entry fills, for people."""
+    found = _VIEW_DATA.match(line)
+    return found["name"].decode("utf-8", "backslashreplace") if found is not None else ""
 
 
 def is_event_trigger(line: bytes) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sqlalchemy import Connection
 
@@ -69,11 +69,11 @@ def _full_name(data: TableData) -> str:
     return f"{quoted(data.schema_name)}.{quoted(data.name)}"
 
 
-def copy_statement(data: TableData, *options: str) -> str:
-    """The COPY that loads a stream of rows."""
-    columns = ", ".join(map(quoted, data.columns))
+def copy_statement(data: TableData, *options: str, quote: Callable[[str], str] = quoted) -> str:
+    """The COPY that loads a stream of rows, its identifiers quoted by ``quote``."""
+    columns = ", ".join(map(quote, data.columns))
     how = ", ".join([f"FORMAT {data.format}", *options])
-    return f"COPY {_full_name(data)} ({columns}) FROM STDIN ({how})"
+    return f"COPY {quote(data.schema_name)}.{quote(data.name)} ({columns}) FROM STDIN ({how})"
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import asyncpg
 from sqlalchemy import URL
 
 from athena_backup.errors import FullError, PassingError, UnavailableError
+from athena_backup.postgres.session_settings import KEEPALIVE_SETTINGS
 from athena_backup.postgres.sessions import APPLICATION_NAME, CONNECT_SECONDS, translated_state
 
 # Of libpq's parameters, those that asyncpg knows by the same name (asyncpg manual, "Connection").
@@ -91,7 +92,7 @@ async def connect(url: URL) -> Any:
         database=url.database,
         timeout=CONNECT_SECONDS,
         statement_cache_size=0,
-        server_settings={"application_name": APPLICATION_NAME, "search_path": ""},
+        server_settings={"application_name": APPLICATION_NAME, "search_path": "", **KEEPALIVE_SETTINGS},
     )
     _keep_alive(connection._transport.get_extra_info("socket"))  # noqa: SLF001 - it has no other way
     return connection

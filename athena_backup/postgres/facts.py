@@ -54,7 +54,35 @@ _BOOTSTRAP_OWNS = " OR ".join(
         ("pg_collation", "collowner"),
         ("pg_ts_config", "cfgowner"),
         ("pg_ts_dict", "dictowner"),
+        ("pg_statistic_ext", "stxowner"),
+        ("pg_opclass", "opcowner"),
+        ("pg_opfamily", "opfowner"),
+        ("pg_conversion", "conowner"),
+        ("pg_default_acl", "defaclrole"),
     )
+)
+# What is granted to it or by it, and the policies and user mappings that name it.
+_BOOTSTRAP_IS_NAMED = " OR ".join(
+    [
+        *(
+            f"EXISTS (SELECT FROM pg_catalog.{catalog} o, pg_catalog.aclexplode(o.{column}) a WHERE o.{column} IS NOT NULL"
+            f" AND o.{key} OPERATOR(pg_catalog.>=) CAST(16384 AS oid) AND CAST(10 AS oid) IN (a.grantee, a.grantor))"
+            for catalog, column, key in (
+                ("pg_class", "relacl", "oid"),
+                ("pg_attribute", "attacl", "attrelid"),
+                ("pg_namespace", "nspacl", "oid"),
+                ("pg_proc", "proacl", "oid"),
+                ("pg_type", "typacl", "oid"),
+                ("pg_language", "lanacl", "oid"),
+                ("pg_foreign_data_wrapper", "fdwacl", "oid"),
+                ("pg_foreign_server", "srvacl", "oid"),
+                ("pg_largeobject_metadata", "lomacl", "oid"),
+                ("pg_default_acl", "defaclacl", "oid"),
+            )
+        ),
+        "EXISTS (SELECT FROM pg_catalog.pg_policy WHERE CAST(10 AS oid) OPERATOR(pg_catalog.=) ANY (polroles))",
+        "EXISTS (SELECT FROM pg_catalog.pg_user_mappings WHERE umuser OPERATOR(pg_catalog.=) CAST(10 AS oid))",
+    ]
 )
 # Every role that something in the database refers to: owners and grantees stand in pg_shdepend.
 _ROLES = text(
@@ -74,7 +102,7 @@ _ROLES = text(
     # Of a subscription pg_shdepend has a line that is no database's.
     " UNION SELECT u.subowner FROM pg_catalog.pg_subscription u JOIN pg_catalog.pg_database d"
     " ON d.oid OPERATOR(pg_catalog.=) u.subdbid WHERE d.datname OPERATOR(pg_catalog.=) current_database()"
-    f" UNION SELECT CAST(10 AS oid) WHERE {_BOOTSTRAP_OWNS})"
+    f" UNION SELECT CAST(10 AS oid) WHERE {_BOOTSTRAP_OWNS} OR {_BOOTSTRAP_IS_NAMED})"
     " ORDER BY r.rolname"
 )
 

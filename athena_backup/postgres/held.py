@@ -21,6 +21,7 @@ from athena_backup.postgres.sessions import (
     ServerIdentity,
     cancelled_with,
     identity,
+    refuse_older,
     run_sql,
     session,
     translated,
@@ -66,6 +67,7 @@ class Held:
         self.locks = locks
         self.reader = reader
         self.identity: ServerIdentity = identity(locks)
+        refuse_older(self.identity.version)
         self.oid: int = locks.execute(
             text(
                 "SELECT oid::bigint FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"

@@ -83,11 +83,11 @@ class Loading:
     """From how many raw bytes on a table's indexes are made while other tables load."""
 
     @contextlib.contextmanager
-    def loaded(self, crew: Crew) -> Iterator[Callable[[], None]]:
+    def loaded(self, crew: Crew) -> Iterator[Callable[[], Sequence[str]]]:
         """Load all rows and what belongs to them, and analyze it; raises the first thing that fails.
 
-        Yields what is to be called once the rows have been compared: it fills materialized views and makes event triggers. The
-        staging database is of no use where anything was raised.
+        Yields what is to be called once the rows have been compared: it fills materialized views, returns those that it could not
+        fill, with the reasons, and makes event triggers. The staging database is of no use where anything was raised.
         """
         head = self._head(self.component.streams[0])
         with unnamed_file(head.content) as archive:
@@ -104,12 +104,13 @@ class Loading:
             self._analyze_rest(crew, _TABLES, frozenset(plan.analyzed))
             yield partial(self._run_code, crew, plan)
 
-    def _run_code(self, crew: Crew, plan: Plan) -> None:
+    def _run_code(self, crew: Crew, plan: Plan) -> Sequence[str]:
         if plan.filling_views:
             crew.run(plan.filling_views, self.operation.check)
             self._analyze_rest(crew, _VIEWS)
         # After the views, each of which they would be told of, and behind the last login but that of who makes them.
         crew.run(plan.event_triggers, self.operation.check)
+        return plan.unfilled
 
     def _head(self, dump: Stream) -> ArchiveHead:
         head = ArchiveHead(self.client, "latin-1", self.operation)

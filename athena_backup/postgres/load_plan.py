@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, text
 
 from athena_backup.crew import Turn, Unit
-from athena_backup.errors import PassingError, UnavailableError
+from athena_backup.errors import FinalError, PassingError, UnavailableError
 from athena_backup.manifest import Stream
 from athena_backup.postgres.bulk import table_oid
 from athena_backup.postgres.contents import (
@@ -20,6 +20,7 @@ from athena_backup.postgres.contents import (
     but_rights,
     fills_view,
     is_event_trigger,
+    view_name,
 )
 from athena_backup.postgres.sessions import is_on_this_machine, quoted
 
@@ -75,6 +76,8 @@ class Plan:
         self.units: list[Unit[None]] = []
         self.filling_views: list[Unit[None]] = []
         """What fills the materialized views, whose queries may call anything."""
+        self.unfilled: list[str] = []
+        """The materialized views that could not be filled, each with the reason."""
         self.event_triggers: list[Unit[None]] = []
         """What makes the event triggers, of which the next DDL, or the next login, calls the functions."""
         self.analyzed: list[str] = []
@@ -142,7 +145,7 @@ class Plan:
         if rest:
             self._add(size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
         if views:
-            self.filling_views.append(Unit(size_bytes, self._make(views), is_elastic=True))
+            self.filling_views.append(Unit(size_bytes, self._fill(views), is_elastic=True))
         if triggers:
             self.event_triggers.append(Unit(0, self._make(triggers)))
 
@@ -192,6 +195,25 @@ class Plan:
     ) -> int:
         self.units.append(Unit(size_bytes, work, is_elastic=is_elastic, after=tuple(after)))
         return len(self.units) - 1
+
+    def _fill(self, views: Sequence[bytes]) -> Callable[[Turn], None]:
+        """Fill materialized views; where that fails for all together, one by one, as one may ask a server that is gone.
+
+        What is in them is derived from what was restored: one that can't be filled is told, and is no reason to throw all away.
+        """
+
+        def work(turn: Turn) -> None:
+            try:
+                self._make(views)(turn)
+            except FinalError:
+                for line in views:
+                    turn.check()
+                    try:
+                        self._make([line])(turn)
+                    except FinalError as error:
+                        self.unfilled.append(f"{view_name(line)}: {error.cause}")
+
+        return work
 
     def _make(self, lines: Sequence[bytes]) -> Callable[[Turn], None]:
         """Some of the dump's entries, by as many sessions as the unit has slots."""

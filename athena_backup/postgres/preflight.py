@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts
 from athena_backup.postgres.rename import maintenance_session, side_name, subscriptions_of
-from athena_backup.postgres.sessions import Database, quoted, session, translated
+from athena_backup.postgres.sessions import Database, quoted, refuse_older, session, translated
 from athena_backup.postgres.staging import create_staging, facts_of, missing_roles, restoring_client
 
 
@@ -58,6 +58,10 @@ def _collected(faults: list[AthenaError]) -> Iterator[None]:
 
 
 def _version_faults(component: Component, server: int) -> list[AthenaError]:
+    try:
+        refuse_older(server)
+    except FinalError as error:
+        return [error]
     source = component.server.version if component.server else 0
     if source // 10_000 <= server // 10_000:
         return []

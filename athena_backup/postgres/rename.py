@@ -223,15 +223,17 @@ def _terminating(url: URL, names: list[str]) -> Iterator[None]:
     stopped = threading.Event()
     statement = text(
         "SELECT count(*) FROM (SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity"
-        " WHERE datname OPERATOR(pg_catalog.=) ANY (:names) AND pid <> pg_catalog.pg_backend_pid()) AS ended"
+        # Not the server's own, such as autovacuum's workers: RENAME ends those, and only a superuser may, so one of them would
+        # keep all others from being ended.
+        " WHERE datname OPERATOR(pg_catalog.=) ANY (:names) AND pid <> pg_catalog.pg_backend_pid() AND usesysid IS NOT NULL) AS ended"
     )
 
     def terminate() -> None:
         # What this role may not terminate was found by preflight; here RENAME's own error is the one to report.
-        with contextlib.suppress(AthenaError), maintenance_session(url) as connection:
-            while not stopped.is_set():
-                connection.execute(statement, {"names": names})
-                stopped.wait(_TERMINATE_EVERY_SECONDS)
+        while not stopped.is_set():
+            with contextlib.suppress(AthenaError), maintenance_session(url) as connection:
+                while not stopped.wait(_TERMINATE_EVERY_SECONDS):
+                    connection.execute(statement, {"names": names})
 
     terminator = threading.Thread(target=terminate, name="terminate-sessions", daemon=True)
     terminator.start()

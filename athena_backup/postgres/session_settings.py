@@ -7,9 +7,20 @@ from sqlalchemy import Connection, text
 # How values are written and read, `pg_dump`'s and `pg_restore`'s sessions included, which don't set these: money is read in no
 # other locale than that in which it was written, and with array_nulls off NULL comes back as a text of four letters (tried).
 FORMAT_SETTINGS = {"lc_monetary": "C", "array_nulls": "on"}
+# So that the server notices when our machine is gone: until then the locks of a backup stand, and whoever waits for one of them
+# keeps all others from the table. As the system comes it would take two hours (manual, 20.3.2; the client's are `sessions`').
+KEEPALIVE_SETTINGS = {
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "60000",
+}
+# Of a child of ours, whose standard error is read for what went wrong: a login's event trigger may have something to tell.
+CHILD_SETTINGS = {**FORMAT_SETTINGS, **KEEPALIVE_SETTINGS, "client_min_messages": "warning"}
 # Without each of these a read can be incomplete, differ by the database's own settings, or be cut off ("PostgreSQL", 2).
 READING_SETTINGS = {
     **FORMAT_SETTINGS,
+    **KEEPALIVE_SETTINGS,
     "row_security": "off",
     "search_path": "",
     "datestyle": "ISO",

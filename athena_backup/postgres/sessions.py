@@ -20,9 +20,10 @@ from sqlalchemy.pool import NullPool
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError, PassingError, UnavailableError
 from athena_backup.operation import Operation
-from athena_backup.postgres.session_settings import FORMAT_SETTINGS, READING_SETTINGS, apply_settings, client_encoding
+from athena_backup.postgres.session_settings import CHILD_SETTINGS, READING_SETTINGS, apply_settings, client_encoding
 
 CONNECT_SECONDS = 10
+_OLDEST_VERSION = 130_000
 APPLICATION_NAME = "athena-backup"
 
 # What a URL may carry besides host, port, user, password and database, with the variable by which a child is told the same
@@ -158,7 +159,7 @@ def libpq_environment(url: URL) -> dict[str, str]:
             environment[variable] = value if isinstance(value, str) else ",".join(value)
     given = [environment.get("PGOPTIONS") or ""]
     environment["PGOPTIONS"] = " ".join(
-        [*given, *(f"-c {name}={value}" for name, value in FORMAT_SETTINGS.items())]
+        [*given, *(f"-c {name}={value}" for name, value in CHILD_SETTINGS.items())]
     ).strip()
     return {name: value for name, value in environment.items() if value is not None}
 
@@ -274,6 +275,15 @@ def identity(connection: Connection) -> ServerIdentity:
         ).one()
         system_identifier, timeline = control.system_identifier, control.timeline
     return ServerIdentity(system_identifier, timeline, row.address, row.port, row.started, row.version, row.in_recovery)
+
+
+def refuse_older(version: int) -> None:
+    """Raise `FinalError` for a server that lacks what a backup or a restore says to it (pg_current_snapshot, DROP … FORCE)."""
+    if version < _OLDEST_VERSION:
+        raise FinalError(
+            f"the server is PostgreSQL {version // 10_000}, {_OLDEST_VERSION // 10_000} is the oldest that is supported",
+            next_step="upgrade it",
+        )
 
 
 def connection_string(database: str) -> str:

@@ -7,6 +7,7 @@ dump of one database holds ("PostgreSQL", section 3). The live database is not t
 
 import contextlib
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import sqlalchemy
 from sqlalchemy import Connection, text
 
 from athena_backup.crew import Crew
-from athena_backup.errors import DamagedError, FinalError
+from athena_backup.errors import DamagedError, FinalError, UnavailableError
 from athena_backup.manifest import Component, DatabaseFacts, Setting
 from athena_backup.operation import Operation
 from athena_backup.postgres.clients import client_version, find_client
@@ -34,7 +35,7 @@ from athena_backup.postgres.rename import (
     subscriptions_of,
 )
 from athena_backup.postgres.session_settings import apply_settings
-from athena_backup.postgres.sessions import Database, cancelled_with, quoted, run_sql, session
+from athena_backup.postgres.sessions import Database, cancelled_with, quoted, run_sql, session, translated
 from athena_backup.store import Store
 
 # These would hinder the loading's own later sessions, so they come last ("PostgreSQL", section 3).
@@ -47,6 +48,9 @@ _COUNTED_AT_ONCE = 25
 """The locks of each one and of its indexes are held until all are counted, and a server may have room for no more than some
 thousand.
 """
+SERVER_SECONDS = 600.0
+"""How long a server may be away in the middle of a restore, before the hours of its loading are given up."""
+_SERVER_LOOK_SECONDS = 2.0
 _LIST_ITEM = re.compile(r'"((?:[^"]|"")*)"|([^",\s]+)')
 
 
@@ -173,10 +177,10 @@ def stage_database(
         cancelled_with(inside, operation),
     ):
         _prove(inside, facts, component)
-        run_code()
-        dress(inside, name, facts)
+        notes = [f"materialized view {one} (not filled: REFRESH it when that is mended)" for one in run_code()]
+        notes += dress(inside, name, facts)
         disabled = subscriptions_of(inside, name)
-        notes = changed_collations(inside, facts, server)
+        notes += changed_collations(inside, facts, server)
     notes += [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]
     return StagedDatabase(name, oid, tuple(notes))
 
@@ -237,11 +241,13 @@ def _prove(inside: Connection, facts: DatabaseFacts, component: Component) -> No
         )
 
 
-def dress(inside: Connection, name: str, facts: DatabaseFacts) -> None:
+def dress(inside: Connection, name: str, facts: DatabaseFacts) -> list[str]:
     """Give the staging database what hangs on a database's OID and stands in no dump ("PostgreSQL", section 3).
 
-    When it returns, all of the database is on the server's disk.
+    When it returns, all of the database is on the server's disk. Returns in words which settings and labels could not be set: one
+    that this role may not set, or that this server does not know any more, is no reason to throw away all that was loaded.
     """
+    refused: list[str] = []
     own = quoted(name)
     # Whatever was loaded without waiting for the disk stands in the log before these commits, which wait for it, also where
     # the server or the role is set to wait for none.
@@ -253,12 +259,26 @@ def dress(inside: Connection, name: str, facts: DatabaseFacts) -> None:
     if facts.comment is not None:
         run_sql(inside, f"COMMENT ON DATABASE {own} IS {_literal(facts.comment)}")
     for label in facts.labels:
-        run_sql(inside, f"SECURITY LABEL FOR {quoted(label.provider)} ON DATABASE {own} IS {_literal(label.label)}")
+        with _noted(refused, f"the security label of {label.provider}"):
+            run_sql(inside, f"SECURITY LABEL FOR {quoted(label.provider)} ON DATABASE {own} IS {_literal(label.label)}")
     if facts.acl is not None:
         _grant(inside, own, facts.owner, facts.acl)
     run_sql(inside, f"ALTER DATABASE {own} CONNECTION LIMIT {facts.connection_limit:d}")
     for setting in sorted(facts.settings, key=lambda one: one.name in _LAST_SETTINGS):
-        _apply_setting(inside, own, setting)
+        with _noted(refused, f"the setting {setting.name}" + (f" of role {setting.role}" if setting.role else "")):
+            _apply_setting(inside, own, setting)
+    return refused
+
+
+@contextlib.contextmanager
+def _noted(refused: list[str], what: str) -> Iterator[None]:
+    """Note what the server refuses; a lost connection is no refusal."""
+    try:
+        yield
+    except sqlalchemy.exc.DBAPIError as error:
+        if error.connection_invalidated or translated(error).passing:
+            raise
+        refused.append(f"{what} could not be set here: {translated(error).cause}")
 
 
 def _grant(inside: Connection, own: str, owner: str, acl: Sequence[str]) -> None:
@@ -304,6 +324,19 @@ def _apply_setting(inside: Connection, own: str, setting: Setting) -> None:
         # Stored as a list of identifiers, which one constant would make into one identifier.
         values = [quoted_one.replace('""', '"') or plain for quoted_one, plain in _LIST_ITEM.findall(setting.value)]
     run_sql(inside, f"ALTER {whom} SET {parameter} TO {', '.join(_literal(value) for value in values or [''])}")
+
+
+def await_server(target: Database, operation: Operation) -> None:
+    """Wait until the server lets us in, as after a restart or a failover; raises its error once `SERVER_SECONDS` have passed."""
+    deadline = time.monotonic() + SERVER_SECONDS
+    while True:
+        try:
+            with maintenance_session(target.url):
+                return
+        except UnavailableError:
+            if time.monotonic() > deadline:
+                raise
+        operation.pause(_SERVER_LOOK_SECONDS)
 
 
 def discard_staging(target: Database, restore_id: str | None = None) -> list[str]:

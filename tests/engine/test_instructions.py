@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from athena_backup.backup import Expected, close_set, put_component
-from athena_backup.manifest import INSTRUCTIONS, Manifest
+from athena_backup.instructions import _create_options
+from athena_backup.manifest import INSTRUCTIONS, DatabaseFacts, Manifest
 from athena_backup.names import SetId
 from athena_backup.operation import Operation
 from athena_backup.postgres.cut import hold_cut
@@ -165,3 +166,44 @@ def test_a_database_is_restored_by_restore_md_alone(
     server = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": "postgres"}
     followed(local_store, tools, server, {})
     assert content() == before
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "UTF8"])
+def test_names_of_a_database_in_another_encoding_than_the_page_are_restored_by_it(
+    postgres: EmbeddedServer, local_store: LocalStore, tools: str, encoding: str
+) -> None:
+    with session(postgres.url()) as connection:
+        run_sql(
+            connection,
+            f"CREATE DATABASE other ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0",
+        )
+    database = Database("other", postgres.url("other"))
+    name = "t" if encoding == "SQL_ASCII" else "täble"
+    try:
+        with session(database.url) as connection:
+            run_sql(connection, f'CREATE TABLE public."{name}" AS SELECT i AS "{name}" FROM generate_series(1, 100) i')
+        with hold_cut([database], Operation()) as cut:
+            component = write_database(
+                *(database, cut, local_store, SET, "run", Operation()), client_directories=[binaries()], bulk_bytes=0
+            )
+        put_component(local_store, SET, component)
+        close_set(local_store, SET, [Expected("other", "database")], [], run_id="run", began=NOW)
+        with session(postgres.url()) as connection:
+            run_sql(connection, "DROP DATABASE other")
+        server = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": "postgres"}
+        followed(local_store, tools, server, {})
+        with session(database.url) as connection:
+            assert run_sql(connection, f'SELECT sum("{name}") FROM public."{name}"').scalar_one() == 5050
+    finally:
+        with session(postgres.url()) as connection:
+            run_sql(connection, "DROP DATABASE IF EXISTS other WITH (FORCE)")
+
+
+def test_a_database_with_rules_and_a_tablespace_of_its_own_is_made_with_them() -> None:
+    facts = DatabaseFacts.model_construct(
+        owner="o", encoding="UTF8", collate="C", ctype="C", locale_provider="i", locale="en", icu_rules="&a < b",
+        tablespace="fast disk",
+    )  # fmt: skip
+    made = _create_options(facts)
+    assert "--icu-rules='&a < b'" in made
+    assert "--tablespace='fast disk'" in made

@@ -87,6 +87,40 @@ def test_every_role_that_something_in_the_database_names_is_there_and_no_other(
     assert "postgres" in found
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        "ALTER DEFAULT PRIVILEGES FOR ROLE postgres IN SCHEMA public GRANT SELECT ON TABLES TO {grantee}",
+        "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} IN SCHEMA public GRANT SELECT ON TABLES TO postgres",
+        "CREATE STATISTICS stats ON a, b FROM own; ALTER STATISTICS stats OWNER TO postgres",
+        "GRANT SELECT ON own TO postgres",
+        "GRANT SELECT (a) ON own TO postgres",
+        "CREATE POLICY policy ON own TO postgres",
+        "CREATE CONVERSION public.there FOR 'LATIN1' TO 'UTF8' FROM iso8859_1_to_utf8",
+        "CREATE OPERATOR FAMILY family USING btree",
+        "",
+    ],
+)
+def test_the_bootstrap_superuser_is_among_the_roles_where_something_names_it(
+    postgres: EmbeddedServer, names: dict[str, str], named: str
+) -> None:
+    """The server tracks nothing of it, and at the destination it may have another name."""
+    name, owner, grantee = names["db"], names["owner"], names["grantee"]
+    with psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {owner} LOGIN")
+        admin.execute(f"CREATE ROLE {grantee}")
+        admin.execute(f"CREATE DATABASE {name} OWNER {owner} TEMPLATE template0")
+        try:
+            with psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", dbname=name) as inside:
+                inside.execute(f"CREATE TABLE own (a int, b int); ALTER TABLE own OWNER TO {owner}")
+                inside.execute(named.format(owner=owner, grantee=grantee) or "SELECT")
+            found = {role.name for role in read(Database("one", postgres.url(name))).roles}
+            assert ("postgres" in found) == bool(named)
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            admin.execute(f"DROP ROLE {owner}, {grantee}")
+
+
 def test_a_cancelled_count_is_a_cancelled_operation(postgres: EmbeddedServer, database: str) -> None:
     with psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", dbname=database) as inside:
         inside.execute("CREATE TABLE big AS SELECT generate_series(1, 3000000) i")

@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 
 import pytest
-from round_trip import ALL_BY_COPY, Make, dump, restore, rows, stage
+from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage
 
 from athena_backup.errors import UnavailableError
+from athena_backup.operation import Operation
 from athena_backup.postgres.clients import lost_connection
 from athena_backup.postgres.embedded import embedded_server
 from athena_backup.postgres.load import Loading
+from athena_backup.postgres.rename import switch_database
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.store.local import LocalStore
 
@@ -57,6 +59,42 @@ def test_a_database_that_refuses_ddl_comes_back(make_database: Make, local_store
     restore(dump(database, local_store), database, local_store)
     assert rows(database, "SELECT i FROM public.v") == [(1,)]
     assert rows(database, "SELECT evtname::text FROM pg_event_trigger") == [("refusing",)]
+
+
+def test_a_materialized_view_that_can_not_be_filled_is_told_and_loses_nothing_else(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    """As one that asks another server, which is gone on the same day."""
+    database = make_database(
+        "asking",
+        "CREATE TABLE t AS SELECT 1 AS i; CREATE MATERIALIZED VIEW after AS SELECT i FROM public.t;"
+        " CREATE FUNCTION ask() RETURNS int LANGUAGE plpgsql AS $$BEGIN"
+        " IF current_database() LIKE '%athena%' THEN RAISE 'the other server is gone'; END IF; RETURN 1; END$$;"
+        ' CREATE MATERIALIZED VIEW "asks it" AS SELECT public.ask() AS i;'
+        ' CREATE MATERIALIZED VIEW built_on_it AS SELECT i FROM public."asks it"',
+    )
+    staged = stage(dump(database, local_store), database, local_store)
+    told = [note for note in staged.notes if note.startswith("materialized view ")]
+    assert [note.partition(":")[0] for note in told] == [
+        "materialized view public asks it",
+        "materialized view public built_on_it",
+    ]
+    assert "the other server is gone" in told[0]
+    switch_database(database, staged.oid, RESTORE, "app", Operation())
+    filled = "SELECT matviewname::text, ispopulated FROM pg_matviews ORDER BY 1"
+    assert rows(database, filled) == [("after", True), ("asks it", False), ("built_on_it", False)]
+    assert rows(database, "SELECT i FROM public.after") == [(1,)]
+
+
+def test_a_database_that_greets_who_comes_in_is_backed_up(make_database: Make, local_store: LocalStore) -> None:
+    """A login's event trigger (since 17) may have something to tell, which is no warning of pg_dump's."""
+    database = make_database(
+        "greeting",
+        "CREATE TABLE t AS SELECT 1 AS i; CREATE FUNCTION greet() RETURNS event_trigger LANGUAGE plpgsql"
+        " AS $$BEGIN RAISE NOTICE 'welcome'; END$$; CREATE EVENT TRIGGER greeting ON login EXECUTE FUNCTION greet()",
+    )
+    restore(dump(database, local_store), database, local_store)
+    assert rows(database, "SELECT i FROM public.t") == [(1,)]
 
 
 def test_what_a_server_is_set_to_hinders_no_restore(tmp_path: Path, local_store: LocalStore) -> None:

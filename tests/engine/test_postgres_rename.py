@@ -4,18 +4,20 @@ import contextlib
 import re
 import threading
 import time
+from pathlib import Path
 
 import psycopg
 import pytest
-from round_trip import RESTORE, Make, dump, rows, stage
+from round_trip import RESTORE, Make, dump, rows, sql, stage
+from service import await_true
 from sqlalchemy import Connection, text
 
 from athena_backup.errors import CancelledError, FinalError
 from athena_backup.operation import Operation
 from athena_backup.postgres import rename
-from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.preflight import preflight_database
-from athena_backup.postgres.rename import database_oid, drop_database, side_name, switch_database
+from athena_backup.postgres.rename import _terminating, database_oid, drop_database, side_name, switch_database
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.postgres.staging import (
     discard_staging,
@@ -66,6 +68,35 @@ def test_clients_that_reconnect_without_end_do_not_keep_a_switch_from_happening(
             thread.join()
     assert switched.live_oid == staged.oid
     assert switched.before_name == side_name(database.database, "b", RESTORE)
+
+
+def test_a_worker_of_the_servers_own_keeps_nobody_from_being_disconnected(tmp_path: Path) -> None:
+    """Autovacuum works in what was just loaded, and only a superuser may end its worker."""
+    slow = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": "1"}
+    with embedded_server(tmp_path / "postgres", slow) as server:
+        with session(server.url()) as connection:
+            run_sql(connection, "CREATE ROLE owner LOGIN")
+            for name in ("live", "loaded"):
+                run_sql(connection, f"CREATE DATABASE {name} OWNER owner")
+        loaded = Database("loaded", server.url("loaded", user="owner"))
+        sql(loaded, "CREATE TABLE public.t AS SELECT i, repeat('x', 100) AS v FROM generate_series(1, 200000) i")
+        working = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = 'loaded'"
+        admin = Database("admin", server.url())
+        await_true(lambda: rows(admin, working), "autovacuum's worker")
+        live = server.url("live", user="owner")
+        with _terminating(live, ["live", "loaded"]):
+            for _ in range(3):
+                with psycopg.connect(live.render_as_string(hide_password=False)) as client:
+                    await_true(lambda: client.closed or is_ended(client), "the client's end")
+        assert rows(admin, working), "it was there all the time"
+
+
+def is_ended(client: "psycopg.Connection[object]") -> bool:
+    try:
+        client.execute("SELECT 1")
+    except psycopg.OperationalError:
+        return True
+    return False
 
 
 def test_a_switch_whose_answer_was_lost_can_be_repeated(

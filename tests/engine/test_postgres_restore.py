@@ -1,21 +1,26 @@
 """A database comes back exactly: loaded beside the live one, proven, and given all that no dump of one database holds."""
 
+import socket
+import threading
 from pathlib import Path
 
 import psycopg
 import pytest
+from relays import relayed
 from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage, stock_dump
+from sqlalchemy import text
 
-from athena_backup.errors import DamagedError, FinalError
-from athena_backup.manifest import SequenceState, Setting
+from athena_backup.errors import DamagedError, FinalError, UnavailableError
+from athena_backup.manifest import Label, SequenceState, Setting
 from athena_backup.operation import Operation
-from athena_backup.postgres import clients, embedded
+from athena_backup.postgres import clients, embedded, staging
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.load import failed_only_to_set_transaction_timeout
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import database_oid
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.postgres.staging import (
+    await_server,
     discard_staging,
     dress,
     facts_of,
@@ -150,6 +155,50 @@ def test_settings_that_would_end_or_change_our_own_session_come_back_as_they_wer
         with session(staged.url) as inside:
             dress(inside, "settled2", facts.model_copy(update={"settings": made}))
         assert run_sql(connection, settings.replace("'settled'", "'settled2'")).all() == before
+
+
+def test_settings_that_can_not_be_set_here_are_told_and_lose_nothing_else(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    """As one of an older server that this one does not know, or one of another role, which an ordinary owner may not set."""
+    database = make_database("unsettled", "CREATE TABLE t AS SELECT 1 AS i")
+    component = dump(database, local_store)
+    wanted = (
+        Setting(role=None, name="operator_precedence_warning", value="off"),
+        Setting(role="nobody_here", name="work_mem", value="8MB"),
+        Setting(role=None, name="work_mem", value="5MB"),
+    )
+    facts = facts_of(component).model_copy(
+        update={"settings": wanted, "labels": (Label(provider="selinux", label="secret"),)}
+    )
+    staged = stage(component.model_copy(update={"database": facts}), database, local_store)
+    assert [note.partition(" could not")[0] for note in staged.notes] == [
+        "the security label of selinux",
+        "the setting operator_precedence_warning",
+        "the setting work_mem of role nobody_here",
+    ]
+    with session(database.url) as connection:
+        made = "SELECT unnest(setconfig) FROM pg_db_role_setting WHERE setdatabase = :oid"
+        assert list(connection.execute(text(made), {"oid": staged.oid}).scalars()) == ["work_mem=5MB"]
+
+
+def test_a_server_that_restarts_is_waited_for(postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_SERVER_LOOK_SECONDS", 0.05)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen: whoever comes is refused
+        port = taken.getsockname()[1]
+        target = Database("app", postgres.url("app").set(port=port))
+        waiting = threading.Thread(target=await_server, args=(target, Operation()))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    with relayed(postgres.port, port=port):
+        waiting.join(30)
+        assert not waiting.is_alive()
+    monkeypatch.setattr(staging, "SERVER_SECONDS", 0.2)
+    with socket.socket() as taken, pytest.raises(UnavailableError):
+        taken.bind(("127.0.0.1", 0))
+        await_server(Database("app", target.url.set(port=taken.getsockname()[1])), Operation())
 
 
 def test_a_dump_of_a_newer_client_restores_into_a_server_that_lacks_its_settings(

@@ -1,5 +1,8 @@
 """A database's URL means the same to our sessions and to pg_dump, and its password is seen nowhere."""
 
+import asyncio
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import pytest
 from athena_backup.errors import FinalError
 from athena_backup.names import SetId
 from athena_backup.operation import Operation
+from athena_backup.postgres.copy_login import connect
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
@@ -21,6 +25,9 @@ from athena_backup.postgres.sessions import (
     ServerIdentity,
     libpq_environment,
     parse_database_url,
+    refuse_older,
+    run_sql,
+    session,
     translated_state,
 )
 from athena_backup.postgres.staging import stage_database
@@ -127,3 +134,29 @@ def test_a_standby_is_another_server_than_its_primary() -> None:
     primary = ServerIdentity("7", 1, "10.0.0.1", 5432, datetime.now(UTC), 150_000, in_recovery=False)
     assert primary.same_server(replace(primary, address="10.0.0.2"))
     assert not primary.same_server(replace(primary, in_recovery=True))
+
+
+def test_a_server_notices_within_a_minute_that_we_are_gone(postgres: EmbeddedServer) -> None:
+    """Until then the locks of a backup stand in the way of whoever wants to change a table, and of all that come after."""
+    asked = "SELECT current_setting('tcp_keepalives_idle') || ' ' || current_setting('tcp_user_timeout')"
+    url = postgres.url()
+    with session(url) as connection:
+        assert run_sql(connection, asked).scalar_one() == "30 60000"
+
+    async def of_copy() -> str:
+        connection = await connect(url)
+        try:
+            return str(await connection.fetchval(asked))
+        finally:
+            await connection.close()
+
+    assert asyncio.run(of_copy()) == "30 60000"
+    environment = {"PATH": os.environ["PATH"], **libpq_environment(url)}
+    command = [str(binaries() / "psql"), "--no-psqlrc", "-At", "-c", asked]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "30 60000\n"
+
+
+def test_a_server_that_is_too_old_is_refused_by_name() -> None:
+    refuse_older(130_000)
+    with pytest.raises(FinalError, match="the server is PostgreSQL 12, 13 is the oldest"):
+        refuse_older(120_022)
