@@ -160,13 +160,20 @@ def create_app(settings: Settings, key_hashes: Sequence[str]) -> FastAPI:
 
 async def _bury_the_dead(service: _Service) -> None:
     stuck = StuckSlots(service.namespace)
+    duties: tuple[Callable[[], object], ...] = (
+        lambda: reconcile(service.client, service.store(), service.namespace),
+        lambda: bury_dead_copies(service.client, service.namespace),
+        lambda: stuck.free(service.client),
+    )
     while True:
-        try:
-            await asyncio.to_thread(lambda: reconcile(service.client, service.store(), service.namespace))
-            await asyncio.to_thread(lambda: bury_dead_copies(service.client, service.namespace))
-            await asyncio.to_thread(lambda: stuck.free(service.client))
-        except (AthenaError, httpx.HTTPError, PrefectHTTPStatusError) as error:
-            logger.warning("could not look for dead operations: %s", error)
+        for duty in duties:
+            try:
+                await asyncio.to_thread(duty)
+            except (AthenaError, httpx.HTTPError, PrefectHTTPStatusError) as error:
+                logger.warning("could not look for dead operations: %s", error)
+            except Exception:
+                # Whatever it is: with this loop a dead operation would be ongoing until the next start.
+                logger.exception("could not look for dead operations")
         await asyncio.sleep(RECONCILE_SECONDS)
 
 

@@ -117,12 +117,17 @@ def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]
     return sorted(found, key=lambda component: component.ended)
 
 
-def complete_attempt(store: Store, set_id: SetId, expected: Expected) -> Component | None:
-    """The newest complete attempt whose parts all stand in the store with their sizes; None where there is none."""
-    for component in reversed(attempts(store, set_id, expected)):
+def complete_attempt(store: Store, set_id: SetId, expected: Expected, run_id: str) -> Component | None:
+    """The run's newest complete attempt whose parts all stand in the store with their sizes; None where there is none."""
+    for component in reversed(_own_attempts(store, set_id, expected, run_id)):
         if component.state == "complete" and component.parts and not list(_missing_parts(store, component)):
             return component
     return None
+
+
+def _own_attempts(store: Store, set_id: SetId, expected: Expected, run_id: str) -> list[Component]:
+    """Without those of others: two services with one namespace and one store would make one set of both their states."""
+    return [component for component in attempts(store, set_id, expected) if component.run_id == run_id]
 
 
 @contextlib.contextmanager
@@ -149,14 +154,19 @@ def close_set(
 ) -> Manifest | Failure:
     """Write manifest.json if every expected component is complete and no fault is given; failure.json otherwise.
 
-    A manifest that stands already is returned as it is: it outranks everything. Raises the store's errors, `FinalError` if the
-    set was deleted meanwhile, and `OutcomeUnknownError` when nobody can say whether the manifest was written; then nothing else
-    may be.
+    Only what this run wrote is put together. Its manifest that stands already is returned as it is: it outranks everything.
+    Raises the store's errors, `FinalError` if another run's stands there or the set was deleted meanwhile, and
+    `OutcomeUnknownError` when nobody can say whether the manifest was written; then nothing else may be.
     """
     standing = _standing_manifest(store, set_id)
     if standing is not None:
+        if standing.run_id != run_id:
+            raise FinalError(
+                f"another run has written the set {set_id} meanwhile",
+                next_step="give each service that shares a store an ATHENA_NAMESPACE of its own, then back up again",
+            )
         return standing
-    chosen, all_faults = _judge(store, set_id, expected, list(faults))
+    chosen, all_faults = _judge(store, set_id, expected, list(faults), run_id)
     if is_marked_deleting(store, set_id):
         all_faults.append(_fault("somebody began to delete the set while it was written"))
     ended = datetime.now(UTC)
@@ -211,18 +221,18 @@ def _spread_seconds(servers: Collection[Server]) -> float:
 
 
 def _judge(
-    store: Store, set_id: SetId, expected: Sequence[Expected], faults: list[Fault]
+    store: Store, set_id: SetId, expected: Sequence[Expected], faults: list[Fault], run_id: str
 ) -> tuple[list[Component], list[Fault]]:
     """The components that make the set, and everything that keeps it from being one."""
     chosen: list[Component] = []
     named = {fault.component for fault in faults}
     for wanted in expected:
         try:
-            complete = complete_attempt(store, set_id, wanted)
+            complete = complete_attempt(store, set_id, wanted, run_id)
             if complete is not None:
                 chosen.append(complete)
             elif wanted.name not in named:
-                faults.append(_why_incomplete(store, set_id, wanted))
+                faults.append(_why_incomplete(store, set_id, wanted, run_id))
         except FinalError as error:
             faults.append(error.fault(component=wanted.name, step=_CLOSING))
     faults += _unequal_cuts(chosen)
@@ -244,8 +254,8 @@ def _unequal_cuts(chosen: Sequence[Component]) -> list[Fault]:
     ]
 
 
-def _why_incomplete(store: Store, set_id: SetId, wanted: Expected) -> Fault:
-    tried = attempts(store, set_id, wanted)
+def _why_incomplete(store: Store, set_id: SetId, wanted: Expected, run_id: str) -> Fault:
+    tried = _own_attempts(store, set_id, wanted, run_id)
     if tried and tried[-1].fault is not None:
         return tried[-1].fault
     if tried:

@@ -182,7 +182,7 @@ class Settings(BaseSettings):
     @pydantic.field_validator("prefect_api_url")
     @classmethod
     def _without_slash(cls, value: str | None) -> str | None:
-        return value.rstrip("/") if value else value
+        return value.strip().rstrip("/") if value else value
 
     @pydantic.field_validator("aws_access_key", "aws_secret_key", "azure_storage_access_key", "gcp_service_account")
     @classmethod

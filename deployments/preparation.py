@@ -132,6 +132,8 @@ def settling(settings: Settings, now: datetime) -> Iterator[None]:
                     duties.pop(0)
             except (AthenaError, httpx.HTTPError, PrefectHTTPStatusError) as error:
                 logger.warning("could not recover, or catch up on a missed backup, yet: %s", error)
+            except Exception:
+                logger.exception("could not recover, or catch up on a missed backup, yet")
             if duties:
                 stopped.wait(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, SETTLE_LIMIT_SECONDS)

@@ -1,11 +1,14 @@
 """The process that executes runs of the served deployments; started by `athena-backup up`."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
 
+from prefect.client.orchestration import get_client
 from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
 
 from athena_backup.settings import load_settings
@@ -29,8 +32,22 @@ async def serve(served: Sequence[RunnerDeployment]) -> None:
     """Register the deployments and execute their runs until SIGTERM."""
     runner = StoppableRunner(name="athena-backup", query_seconds=POLL_SECONDS, pause_on_shutdown=False)
     for deployment in served:
+        await _forget_named_schedules(f"{deployment.flow_name}/{deployment.name}")
         await runner.aadd_deployment(deployment)
     await runner.start()
+
+
+async def _forget_named_schedules(name: str) -> None:
+    """Delete the schedules of a deployment that somebody gave a slug in Prefect's UI.
+
+    Prefect refuses to put others in their place, or keeps them on where there are to be none (3.8.8); the settings decide.
+    """
+    async with get_client() as client:
+        with contextlib.suppress(ObjectNotFound):
+            found = await client.read_deployment_by_name(name)
+            for schedule in found.schedules:
+                if schedule.slug and schedule.id:
+                    await client.delete_deployment_schedule(found.id, schedule.id)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from deployments.checkup import refuse_overlaps
 from deployments.tree import ProcessTree
 
 _LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
+_ANSWER_SECONDS = 10.0
 _END_OF_ONE = "-----END CERTIFICATE-----\n"
 _READY_MARK = "ATHENA_START_MARK"
 """Names the environment variable that lets `up` tell its own runner's deployments from those of an earlier start."""
@@ -104,12 +105,12 @@ def running_service(
                 environment,
                 is_ready=lambda: _answers(f"{prefect_api_url}/health"),
             )
-        elif not _answers(f"{prefect_api_url}/health"):
+        elif why := _why_no_answer():
             raise FinalError(
-                f"the Prefect server at {masked_url(prefect_api_url)} does not answer",
+                f"the Prefect server at {masked_url(prefect_api_url)} does not answer: {why}",
                 next_step="check PREFECT_API_URL, which ends in /api",
             )
-        elif _forgets_leases(prefect_api_url):
+        elif _forgets_leases():
             say(
                 f"warning: that Prefect server keeps its leases in memory: killed in the middle of an operation, it leaves"
                 f" the slot taken for ever; set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE={_LEASES_ON_DISK} there"
@@ -266,10 +267,29 @@ def _url(host: str, port: int) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
-def _forgets_leases(prefect_api_url: str) -> bool:
-    """Whether a Prefect server says that it keeps leases in its memory; one that does not tell is taken at its word."""
+def _why_no_answer() -> str:
+    """Why the server of PREFECT_API_URL does not answer Prefect's clients, which know its authority and proxy; empty if it does."""
+    # Imported only now: Prefect reads its settings, the server's address among them, when it is imported.
+    from prefect.client.orchestration import get_client
+
     try:
-        told = httpx.get(f"{prefect_api_url}/admin/settings", timeout=5, trust_env=False).json()
+        with get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client:
+            problem = client.api_healthcheck()
+    except (httpx.InvalidURL, ValueError, OSError) as error:
+        problem = error
+    # Its text would name the address with what it may hold of passwords.
+    if isinstance(problem, httpx.HTTPStatusError):
+        return f"HTTP status {problem.response.status_code}"
+    return "" if problem is None else str(problem) or type(problem).__name__
+
+
+def _forgets_leases() -> bool:
+    """Whether that server says that it keeps leases in its memory; one that does not tell is taken at its word."""
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            told = client.request("GET", "/admin/settings").json()
         return str(told["server"]["concurrency"]["lease_storage"]).endswith(".memory")
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return False

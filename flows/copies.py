@@ -16,7 +16,7 @@ from prefect.states import Crashed
 
 from athena_backup.names import SetId
 from flows.requests import CopyRequest
-from flows.runs import CLAIM_GRACE, COPY, PENDING_LIMIT, OperationRun, create_run, operation_run, read_runs
+from flows.runs import CLAIM_GRACE, COPY, PENDING_LIMIT, OperationRun, create_run, end_run, operation_run, read_runs
 from flows.slot import claim, copy_slot, ensure_limit, release
 
 logger = logging.getLogger("athena_backup.copies")
@@ -66,7 +66,7 @@ def bury_dead_copies(
                 "error copying: the process or machine that ran it died, or it lost its slot (copy again to go on)"
             )
             logger.warning("%s is dead: %s", run.name, message)
-            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+            end_run(client, run.id, Crashed(message=message))
     finally:
         if claimed is not None:
             release(client, claimed)

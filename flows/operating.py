@@ -133,16 +133,19 @@ def operating(kind: Kind, source: SetId | None = None) -> Iterator[Working]:
         lease = _adopt(client, namespace, run) if kind != COPY else _own_copy_slot(client, namespace)
         try:
             client.update_flow_run(run.id, name=run_name(kind, set_id), tags=_tags(run, namespace, set_id, kind, lease))
-            store = open_store(settings)
-            if kind == COPY:
-                bury_dead_copies(client, namespace, lease=lease, own=run.id)
-            else:
-                reconcile(client, store, namespace, lease=lease, own=run.id)
         except BaseException:
             release(client, lease)
             raise
     progress = ProgressArtifact(operation, run.id)
     with held(lease, operation, run_id=run.id, every_look=progress.publish), _signals(operation):
+        store = open_store(settings)
+        with get_client(sync_client=True) as client:
+            if kind == COPY:
+                bury_dead_copies(client, namespace, lease=lease, own=run.id)
+            else:
+                reconcile(client, store, namespace, lease=lease, own=run.id)
+        # A store that answers slowly may have kept us for minutes: whoever lost the slot meanwhile begins nothing.
+        operation.check()
         jobs = settings.athena_jobs
         working = Working(settings, store, operation, run.id, set_id, Crew(jobs), CopyPlaces(jobs))
         token = WORKING.set(working)

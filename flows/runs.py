@@ -4,13 +4,14 @@ The adapter and the command line both come through here, so that a POST and a bu
 outside stands in `OperationRun`; nobody above this module looks at Prefect's own types.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
-from uuid import UUID
+from typing import Any, Literal
+from uuid import UUID, uuid4
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
@@ -26,7 +27,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
@@ -179,6 +180,8 @@ def create_run(
         name=run_name(kind, set_id),
         tags=run_tags(namespace, set_id, kind, lease),
         parameters={"request": request.model_dump(mode="json")} if request is not None else {},
+        # Whose answer is lost is asked for again by Prefect's client: of two runs each would have the lease.
+        idempotency_key=str(lease or uuid4()),
     )
     return operation_run(kind, namespace, run)
 
@@ -228,19 +231,27 @@ def read_runs(
     unfinished: bool,
     limit: int = RECORD_LIMIT,
     due: datetime | None = None,
+    before: datetime | None = None,
+    offset: int = 0,
 ) -> list[FlowRun]:
-    """Prefect's runs that bear all the tags, newest first, those of the future too; with ``due`` those of that second only."""
+    """Prefect's runs that bear all the tags, newest first, those of the future too.
+
+    With ``due`` those of that second only, with ``before`` those that were due before; the first ``offset`` are passed over.
+    """
     states = [*(_WAITING if unfinished else StateType), *_WORKING]
-    second = FlowRunFilterExpectedStartTime(after_=due, before_=due + timedelta(seconds=1)) if due else None
+    when = FlowRunFilterExpectedStartTime(after_=due, before_=due + timedelta(seconds=1)) if due else None
+    if before is not None:
+        when = FlowRunFilterExpectedStartTime(before_=before)
     return client.read_flow_runs(
         flow_filter=FlowFilter(name=FlowFilterName(any_=[kind])),
         flow_run_filter=FlowRunFilter(
             tags=FlowRunFilterTags(all_=tags),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=sorted(set(states)))),
-            expected_start_time=second,
+            expected_start_time=when,
         ),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
+        offset=offset,
     )
 
 
@@ -348,7 +359,13 @@ def _bury(client: SyncPrefectClient, store: Store, run: OperationRun) -> None:
                 exc_info=True,
             )
     logger.warning("%s is dead: %s", run_name(run.kind, run.set_id), message)
-    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+    end_run(client, run.id, Crashed(message=message))
+
+
+def end_run(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
+    """End a run in a state; one that somebody deleted meanwhile, in Prefect's UI for example, needs none."""
+    with contextlib.suppress(ObjectNotFound):
+        client.set_flow_run_state(run, state, force=True)
 
 
 def _is_due(run: FlowRun, now: datetime) -> bool:
@@ -417,13 +434,18 @@ def skip_missed(client: SyncPrefectClient, namespace: str) -> int:
     Without this a runner that comes back would begin every missed run at once, each under a timestamp long past.
     """
     now = datetime.now(UTC)
-    missed = [
-        run
-        for run in list_runs(client, BACKUP, namespace, unfinished=True)
-        if run.lease is None and not run.begun and now - run.at > PENDING_LIMIT
-    ]
-    for run in missed:
-        client.set_flow_run_state(
-            run.id, Cancelled(name=SKIPPED, message="missed: the service was not running"), force=True
-        )
-    return len(missed)
+    before = now - PENDING_LIMIT
+    tag = f"namespace:{namespace}"
+    count, kept = 0, 0
+    # Page by page: of a Prefect server of one's own that went on alone for days there are hundreds.
+    while runs := read_runs(client, BACKUP, [tag], unfinished=True, before=before, offset=kept):
+        missed = [
+            run
+            for run in (operation_run(BACKUP, namespace, run) for run in runs if _is_due(run, now))
+            if run.lease is None and not run.begun
+        ]
+        for run in missed:
+            end_run(client, run.id, Cancelled(name=SKIPPED, message="missed: the service was not running"))
+        count += len(missed)
+        kept += len(runs) - len(missed)
+    return count

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 
@@ -51,10 +51,14 @@ def copy_slot(namespace: str) -> str:
 
 
 def ensure_limit(client: SyncPrefectClient, namespace: str) -> None:
-    """Create the namespace's limit where there is none; several processes may do so at once."""
+    """Create the namespace's limit where there is none, and put right one that holds nobody off; several may do so at once."""
     name = limit_name(namespace)
     try:
-        client.read_global_concurrency_limit_by_name(name)
+        found = client.read_global_concurrency_limit_by_name(name)
+        if not found.active or found.limit != 1:
+            # Somebody switched it off or raised it in Prefect's UI: the server would grant every claim.
+            logger.warning("the concurrency limit %s was changed in Prefect, and is put right: active, and 1", name)
+            client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active=True, limit=1))
     except ObjectNotFound:
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1, active=True))

@@ -1,14 +1,19 @@
 """What every process of the service is started with."""
 
 import contextlib
+import http.server
 import os
 import sqlite3
 import ssl
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
-from service import Service
+from authority import Authority
+from service import ROOT, Service
 
 from athena_backup.settings import Settings
 from deployments.service import service_environment
@@ -72,3 +77,38 @@ def test_a_write_that_finds_prefects_database_locked_is_refused_within_seconds(t
         assert service.prefect("POST", "/v2/concurrency_limits/", limit)["id"]
     finally:
         service.close()
+
+
+class _Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"true")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing, as the test says what went wrong."""
+
+
+def test_a_prefect_server_of_ones_own_is_asked_as_prefects_clients_ask_it(authority: Authority) -> None:
+    """Behind TLS by an authority of the cluster's own, as every other process of the service is told to trust."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.server.certificate, authority.server.key)
+
+    def why(**environment: str) -> str:
+        asked = [sys.executable, "-c", "from deployments.service import _why_no_answer; print(_why_no_answer())"]
+        address = f"https://127.0.0.1:{server.server_port}/api"
+        given = {"PREFECT_API_URL": address, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
+        return subprocess.run(asked, env=given, capture_output=True, text=True, check=True).stdout.strip()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Healthy) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert why(PREFECT_API_SSL_CERT_FILE=str(authority.bundle)) == ""
+            assert "CERTIFICATE_VERIFY_FAILED" in why()
+        finally:
+            server.shutdown()
+
+
+def test_the_line_end_of_a_mounted_file_is_no_part_of_prefects_address() -> None:
+    assert Settings(prefect_api_url="http://127.0.0.1:4200/api/\n").prefect_api_url == "http://127.0.0.1:4200/api"

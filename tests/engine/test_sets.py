@@ -35,7 +35,9 @@ GITSERVER = Expected("gitserver", "volume")
 EDWEB = Expected("edweb", "volume")
 
 
-def written(store: LocalStore, expected: Expected = GITSERVER, *, server: Server | None = None) -> Component:
+def written(
+    store: LocalStore, expected: Expected = GITSERVER, *, server: Server | None = None, run_id: str = "run"
+) -> Component:
     """A component with one real part and its document, as a backup leaves it."""
     attempt = new_attempt()
     folder = component_folder(SET, expected.kind, expected.name, attempt)
@@ -45,7 +47,7 @@ def written(store: LocalStore, expected: Expected = GITSERVER, *, server: Server
         name=expected.name,
         kind=expected.kind,
         attempt=attempt,
-        run_id="run",
+        run_id=run_id,
         state="complete",
         began=NOW,
         ended=datetime.now(UTC),
@@ -173,9 +175,30 @@ def test_closing_twice_does_no_harm(local_store: LocalStore) -> None:
 
 def test_of_several_complete_attempts_the_newest_whole_one_counts(local_store: LocalStore) -> None:
     first, second = written(local_store), written(local_store)
-    assert complete_attempt(local_store, SET, GITSERVER) == second
+    assert complete_attempt(local_store, SET, GITSERVER, "run") == second
     local_store.delete([second.parts[0].key])
-    assert complete_attempt(local_store, SET, GITSERVER) == first
+    assert complete_attempt(local_store, SET, GITSERVER, "run") == first
+
+
+def test_what_another_run_wrote_is_no_part_of_a_set(local_store: LocalStore) -> None:
+    """As of a standby's service with the same namespace and store: its state is not this one's."""
+    own = written(local_store)
+    written(local_store, run_id="another")
+    written(local_store, EDWEB, run_id="another")
+    outcome = close(local_store, GITSERVER, EDWEB)
+    assert isinstance(outcome, Failure)
+    assert "edweb" in outcome.status
+    outcome = close(local_store, GITSERVER)
+    assert isinstance(outcome, Manifest)
+    assert outcome.components == (own,)
+
+
+def test_the_manifest_of_another_run_is_not_taken_for_one_s_own(local_store: LocalStore) -> None:
+    written(local_store)
+    close(local_store, GITSERVER)
+    with pytest.raises(FinalError, match="another run has written the set"):
+        close_set(local_store, SET, [GITSERVER], [], run_id="another", began=NOW)
+    assert [one.status for one in list_sets(local_store, "app")] == ["Success"]
 
 
 class LosingAnswers(LocalStore):
