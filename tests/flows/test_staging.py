@@ -27,6 +27,7 @@ def test_what_could_not_be_dropped_is_dropped_before_anything_is_loaded_again(mo
         if is_away:
             raise UnavailableError("the server is away")
 
+    monkeypatch.setattr(restore, "await_server", lambda *_: happened.append("wait"))
     monkeypatch.setattr(restore, "stage_database", load)
     monkeypatch.setattr(restore, "discard_staging", drop)
     monkeypatch.setattr(restore, "component_of", lambda name, _: SimpleNamespace(name=name, kind="database"))
@@ -45,5 +46,5 @@ def test_what_could_not_be_dropped_is_dropped_before_anything_is_loaded_again(mo
         restore.stage.fn("asp")
     finally:
         WORKING.reset(token)
-    assert happened == ["load", "drop", "drop", "drop", "load"]
+    assert happened == ["load", "drop", "wait", "drop", "wait", "drop", "load"]
     assert list(working.staged) == ["asp"]
