@@ -436,16 +436,17 @@ def skip_missed(client: SyncPrefectClient, namespace: str) -> int:
     now = datetime.now(UTC)
     before = now - PENDING_LIMIT
     tag = f"namespace:{namespace}"
-    count, kept = 0, 0
+    ended: set[UUID] = set()
+    kept = 0
     # Page by page: of a Prefect server of one's own that went on alone for days there are hundreds.
     while runs := read_runs(client, BACKUP, [tag], unfinished=True, before=before, offset=kept):
         missed = [
             run
             for run in (operation_run(BACKUP, namespace, run) for run in runs if _is_due(run, now))
-            if run.lease is None and not run.begun
+            if run.lease is None and not run.begun and run.id not in ended
         ]
         for run in missed:
             end_run(client, run.id, Cancelled(name=SKIPPED, message="missed: the service was not running"))
-        count += len(missed)
+        ended |= {run.id for run in missed}
         kept += len(runs) - len(missed)
-    return count
+    return len(ended)
