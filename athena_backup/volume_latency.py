@@ -145,6 +145,11 @@ class Helpers(Generic[_Tool]):
         self._changed.notify_all()
         return True
 
+    def _fail(self, error: BaseException) -> None:
+        """The lock is held."""
+        self._error = self._error or error
+        self._drop()
+
     def _drop(self) -> None:
         """The lock is held."""
         self._left -= len(self._waiting)
@@ -166,8 +171,7 @@ class Helpers(Generic[_Tool]):
                     pass
         except BaseException as error:  # noqa: BLE001 - raised in the thread that gives the work
             with self._changed:
-                self._error = self._error or error
-                self._drop()
+                self._fail(error)
         finally:
             with self._changed:
                 self._threads -= 1
@@ -179,12 +183,17 @@ class Helpers(Generic[_Tool]):
         if one is None:
             return False
         work, size_bytes = one
+        error: BaseException | None = None
         try:
             work(tool)
-        finally:
-            del one, work
-            with self._changed:
-                self._left -= 1
-                self._bytes -= size_bytes
-                self._changed.notify_all()
-        return True
+        except BaseException as found:  # noqa: BLE001 - raised in the thread that gives the work
+            error = found
+        del one, work
+        with self._changed:
+            # Known before it counts as done: who waits for the end looks at both at once.
+            if error is not None:
+                self._fail(error)
+            self._left -= 1
+            self._bytes -= size_bytes
+            self._changed.notify_all()
+        return error is None

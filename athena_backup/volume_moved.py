@@ -87,7 +87,9 @@ def _folders(
         except OSError:
             continue
         try:
-            if os.fstat(descriptor).st_dev == device:
+            status = os.fstat(descriptor)
+            # What was listed may be elsewhere by now: who takes what is found may be at it for hours.
+            if status.st_dev == device and status.st_ino == inode:
                 yield Found(inode, path + name, descriptor)
                 if depth_limit:
                     yield from _folders(descriptor, path + name + b"/", device, depth_limit - 1, check, skip)

@@ -112,12 +112,26 @@ def preflight_room(restored: Sequence[tuple[Component, Path]]) -> list[AthenaErr
     faults: list[AthenaError] = []
     for together in shared.values():
         root = together[0][1]
-        if len(together) > 1 and not any(_room_faults(place, *_need(one)) for one, place in together):
+        if (
+            len(together) > 1
+            and _is_one_room([place for _, place in together])
+            and not any(_room_faults(place, *_need(one)) for one, place in together)
+        ):
             needs = [_need(one) for one, _ in together]
             names = ", ".join(one.name for one, _ in together)
             found = _room_faults(root, sum(need[0] for need in needs), sum(need[1] for need in needs))
             faults += [FullError(f"{names}, on one file system: {one.cause}", next_step=one.next_step) for one in found]
     return faults
+
+
+def _is_one_room(roots: Sequence[Path]) -> bool:
+    """Whether folders of one file system have the same room: with quotas each has its own (xfs_quota(8)).
+
+    By what is free; while somebody writes it is not the same from one look to the next.
+    """
+    rooms = [os.statvfs(root) for root in roots]
+    free = [room.f_bavail for room in rooms]
+    return max(free) - min(free) <= max(room.f_blocks for room in rooms) // 100
 
 
 def _need(component: Component) -> tuple[int, int]:

@@ -156,12 +156,14 @@ class Walk:
         own = path + name
         found = self.look(folder, own, name)
         if found is None:
-            if inode is not None:
+            if inode is not None and self._numbers_agree and inode not in self._moved.missing:
                 self._moved.missing[inode] = own
             elif not is_passing:
                 self.vanished.append(shown(own))
             return
         status, inner = found
+        if inode is not None and not stat.S_ISDIR(status.st_mode):
+            self._moved.replaced[inode] = own
         if inode is not None and inner is not None:
             if self._is_another(folder, name, status, inode):
                 self._moved.replaced[inode] = own
@@ -190,6 +192,9 @@ class Walk:
         """Whether another folder is where one was listed."""
         if status.st_ino == inode or not self._numbers_agree:
             return False
+        with contextlib.suppress(OSError):
+            if mount_of(name, folder) != mount_of(b".", folder):
+                return False  # a bind mount: the listing has the number of the folder beneath
         with contextlib.suppress(OSError), os.scandir(folder) as items:
             if any(os.fsencode(item.name) == name and item.inode() == inode for item in items):
                 self._numbers_agree = False
@@ -200,8 +205,11 @@ class Walk:
         """What was in folders that were renamed before the walk came to them, under the names that they had.
 
         Of one in whose place another folder was put by then, which has that name, the files are counted as vanished; so are those
-        of folders that are renamed again and again.
+        of folders that are renamed again and again. Where listings have no numbers by which to find them, each counts as one.
         """
+        if not self._numbers_agree:
+            self.vanished += map(shown, (*self._moved.missing.values(), *self._moved.replaced.values()))
+            return
         for search in range(_SEARCHES):
             sought, self._moved.missing = self._moved.missing, {}
             replaced, self._moved.replaced = self._moved.replaced, {}
@@ -209,19 +217,24 @@ class Walk:
                 return
             seeking = Moved(self._moved.began_ns, sought, replaced, self._moved.entered)
             for found in seeking.seek(root, self.device, DEPTH_LIMIT, self.operation.check, STAGING_PREFIX):
-                own = sought.get(found.inode) or replaced[found.inode]
-                if own == found.path:  # it is there, and may not be given
-                    continue
-                sought.pop(found.inode, None)
+                self._moved.enter(found.inode)
                 if found.inode in replaced or search == _SEARCHES - 1:
+                    self._miss(sought.get(found.inode) or replaced[found.inode], found.descriptor)
+                    continue
+                own = sought[found.inode]
+                if not self.may_enter(own):
                     self._miss(own, found.descriptor)
                     continue
-                self._moved.enter(found.inode)
                 with reading(own):
                     status = os.fstat(found.descriptor)
                 yield from self.content(found.descriptor, own + b"/", own.count(b"/") + 1)
                 yield Entry(own, status, found.descriptor, found.descriptor)
-            self.vanished += [shown(path) for inode, path in sought.items() if not self._moved.is_entered(inode)]
+            gone = {inode: path for inode, path in sought.items() if not self._moved.is_entered(inode)}
+            if search < _SEARCHES - 1:
+                # Sought once more, with those that were missed meanwhile: it may have been renamed while this went on.
+                self._moved.missing |= gone
+            else:
+                self.vanished += map(shown, gone.values())
 
     def _miss(self, path: bytes, folder: int) -> None:
         """Note a folder that is left out with all that is in it."""

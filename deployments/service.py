@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import certifi
 import httpx
@@ -28,6 +29,9 @@ from athena_backup.settings import Settings, masked_url
 from blocks.stores import local_directory
 from deployments.checkup import refuse_overlaps
 from deployments.tree import ProcessTree
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 _LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
 _ANSWER_SECONDS = 10.0
@@ -267,13 +271,24 @@ def _url(host: str, port: int) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
-def _why_no_answer() -> str:
-    """Why the server of PREFECT_API_URL does not answer Prefect's clients, which know its authority and proxy; empty if it does."""
+@contextlib.contextmanager
+def _asking() -> "Iterator[SyncPrefectClient]":
+    """A client of Prefect's that waits `_ANSWER_SECONDS` for an answer and asks once, where others would ask for minutes."""
     # Imported only now: Prefect reads its settings, the server's address among them, when it is imported.
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client,
+    ):
+        yield client
+
+
+def _why_no_answer() -> str:
+    """Why the server of PREFECT_API_URL does not answer Prefect's clients, which know its authority and proxy; empty if it does."""
     try:
-        with get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client:
+        with _asking() as client:
             problem = client.api_healthcheck()
     except (httpx.InvalidURL, ValueError, OSError) as error:
         problem = error
@@ -285,10 +300,8 @@ def _why_no_answer() -> str:
 
 def _forgets_leases() -> bool:
     """Whether that server says that it keeps leases in its memory; one that does not tell is taken at its word."""
-    from prefect.client.orchestration import get_client
-
     try:
-        with get_client(sync_client=True) as client:
+        with _asking() as client:
             told = client.request("GET", "/admin/settings").json()
         return str(told["server"]["concurrency"]["lease_storage"]).endswith(".memory")
     except (httpx.HTTPError, ValueError, KeyError, TypeError):

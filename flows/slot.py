@@ -55,7 +55,7 @@ def ensure_limit(client: SyncPrefectClient, namespace: str) -> None:
     name = limit_name(namespace)
     try:
         found = client.read_global_concurrency_limit_by_name(name)
-        if not found.active or found.limit != 1:
+        if not found.active or found.limit > 1:
             # Somebody switched it off or raised it in Prefect's UI: the server would grant every claim.
             logger.warning("the concurrency limit %s was changed in Prefect, and is put right: active, and 1", name)
             client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active=True, limit=1))

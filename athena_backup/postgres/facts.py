@@ -65,8 +65,11 @@ _BOOTSTRAP_OWNS = " OR ".join(
 _BOOTSTRAP_IS_NAMED = " OR ".join(
     [
         *(
-            f"EXISTS (SELECT FROM pg_catalog.{catalog} o, pg_catalog.aclexplode(o.{column}) a WHERE o.{column} IS NOT NULL"
-            f" AND o.{key} OPERATOR(pg_catalog.>=) CAST(16384 AS oid) AND CAST(10 AS oid) IN (a.grantee, a.grantor))"
+            f"EXISTS (SELECT FROM pg_catalog.{catalog} o, pg_catalog.aclexplode(o.{column}) a WHERE o.{column} IS NOT NULL"  # noqa: S608 - constants
+            f" AND o.{key} OPERATOR(pg_catalog.>=) CAST(16384 AS oid) AND CAST(10 AS oid) IN (a.grantee, a.grantor)"
+            " AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e WHERE e.classid OPERATOR(pg_catalog.=)"
+            f" 'pg_catalog.{'pg_class' if key == 'attrelid' else catalog}'::pg_catalog.regclass"
+            f" AND e.objid OPERATOR(pg_catalog.=) o.{key} AND e.deptype OPERATOR(pg_catalog.=) 'e'))"
             for catalog, column, key in (
                 ("pg_class", "relacl", "oid"),
                 ("pg_attribute", "attacl", "attrelid"),

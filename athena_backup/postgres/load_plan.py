@@ -206,11 +206,13 @@ class Plan:
             try:
                 self._make(views)(turn)
             except FinalError:
+                self._loading.operation.check()  # a cancelled one is no view that can't be filled
                 for line in views:
                     turn.check()
                     try:
                         self._make([line])(turn)
                     except FinalError as error:
+                        self._loading.operation.check()
                         self.unfilled.append(f"{view_name(line)}: {error.cause}")
 
         return work

@@ -234,6 +234,7 @@ def _terminating(url: URL, names: list[str]) -> Iterator[None]:
             with contextlib.suppress(AthenaError), maintenance_session(url) as connection:
                 while not stopped.wait(_TERMINATE_EVERY_SECONDS):
                     connection.execute(statement, {"names": names})
+            stopped.wait(_TERMINATE_EVERY_SECONDS)
 
     terminator = threading.Thread(target=terminate, name="terminate-sessions", daemon=True)
     terminator.start()

@@ -9,11 +9,11 @@ from sqlalchemy import Connection, text
 FORMAT_SETTINGS = {"lc_monetary": "C", "array_nulls": "on"}
 # So that the server notices when our machine is gone: until then the locks of a backup stand, and whoever waits for one of them
 # keeps all others from the table. As the system comes it would take two hours (manual, 20.3.2; the client's are `sessions`').
+# No tcp_user_timeout: it also ends a connection whose reader lives and waits for its store (tcp(7), tried).
 KEEPALIVE_SETTINGS = {
     "tcp_keepalives_idle": "30",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
-    "tcp_user_timeout": "60000",
 }
 # Of a child of ours, whose standard error is read for what went wrong: a login's event trigger may have something to tell.
 CHILD_SETTINGS = {**FORMAT_SETTINGS, **KEEPALIVE_SETTINGS, "client_min_messages": "warning"}

@@ -49,7 +49,7 @@ _COUNTED_AT_ONCE = 25
 thousand.
 """
 SERVER_SECONDS = 600.0
-"""How long a server may be away in the middle of a restore, before the hours of its loading are given up."""
+"""How long a server may be away in the middle of a restore before that is given up; it then begins anew."""
 _SERVER_LOOK_SECONDS = 2.0
 _LIST_ITEM = re.compile(r'"((?:[^"]|"")*)"|([^",\s]+)')
 
@@ -179,6 +179,7 @@ def stage_database(
         _prove(inside, facts, component)
         notes = [f"materialized view {one} (not filled: REFRESH it when that is mended)" for one in run_code()]
         notes += dress(inside, name, facts)
+        operation.check()  # cancelled meanwhile, it is no setting that was refused
         disabled = subscriptions_of(inside, name)
         notes += changed_collations(inside, facts, server)
     notes += [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]

@@ -113,6 +113,7 @@ def test_the_bootstrap_superuser_is_among_the_roles_where_something_names_it(
         try:
             with psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", dbname=name) as inside:
                 inside.execute(f"CREATE TABLE own (a int, b int); ALTER TABLE own OWNER TO {owner}")
+                inside.execute("CREATE EXTENSION pg_stat_statements")  # which grants, and whose rights are in no dump
                 inside.execute(named.format(owner=owner, grantee=grantee) or "SELECT")
             found = {role.name for role in read(Database("one", postgres.url(name))).roles}
             assert ("postgres" in found) == bool(named)

@@ -138,10 +138,10 @@ def test_a_standby_is_another_server_than_its_primary() -> None:
 
 def test_a_server_notices_within_a_minute_that_we_are_gone(postgres: EmbeddedServer) -> None:
     """Until then the locks of a backup stand in the way of whoever wants to change a table, and of all that come after."""
-    asked = "SELECT current_setting('tcp_keepalives_idle') || ' ' || current_setting('tcp_user_timeout')"
+    asked = "SELECT current_setting('tcp_keepalives_idle') || ' ' || current_setting('tcp_keepalives_count')"
     url = postgres.url()
     with session(url) as connection:
-        assert run_sql(connection, asked).scalar_one() == "30 60000"
+        assert run_sql(connection, asked).scalar_one() == "30 3"
 
     async def of_copy() -> str:
         connection = await connect(url)
@@ -150,10 +150,17 @@ def test_a_server_notices_within_a_minute_that_we_are_gone(postgres: EmbeddedSer
         finally:
             await connection.close()
 
-    assert asyncio.run(of_copy()) == "30 60000"
+    assert asyncio.run(of_copy()) == "30 3"
     environment = {"PATH": os.environ["PATH"], **libpq_environment(url)}
     command = [str(binaries() / "psql"), "--no-psqlrc", "-At", "-c", asked]
-    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "30 60000\n"
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "30 3\n"
+
+
+def test_a_reader_that_waits_for_its_store_is_no_reason_for_the_server_to_hang_up(postgres: EmbeddedServer) -> None:
+    """With tcp_user_timeout it would, as long as the store's outage lasts: the client is there, and reads nothing."""
+    with session(postgres.url()) as connection:
+        assert run_sql(connection, "SELECT current_setting('tcp_user_timeout')").scalar_one() == "0"
+    assert "tcp_user_timeout" not in libpq_environment(postgres.url())["PGOPTIONS"]
 
 
 def test_a_server_that_is_too_old_is_refused_by_name() -> None:

@@ -242,6 +242,26 @@ def test_the_first_error_is_told_to_who_waits_for_the_end(helpers: Helpers[None]
         helpers.finish()
 
 
+def test_no_error_is_lost_whichever_of_all_fails() -> None:
+    """The last one too: who waits for the end may wake between its end and the end of the helper."""
+
+    @contextlib.contextmanager
+    def tool() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            time.sleep(0.005)  # as a descriptor is closed, and others run meanwhile
+
+    def fail(_: None) -> None:
+        raise DamagedError("broken")
+
+    for _ in range(20):
+        with pytest.raises(DamagedError, match="broken"), Helpers(tool, lambda: None, most=2) as helpers:
+            helpers.give(lambda _: None)
+            helpers.give(fail)
+            helpers.finish()
+
+
 def test_who_gives_has_to_do_it_where_there_is_no_room_for_a_thread(
     root: Path, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

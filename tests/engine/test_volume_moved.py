@@ -99,6 +99,21 @@ def test_folders_that_change_their_names_with_each_other_are_both_read(root: Pat
     assert walk.vanished == []
 
 
+def test_a_folder_that_was_away_for_a_moment_is_read(root: Path) -> None:
+    (root / "zulu").mkdir()
+    (root / "zulu" / "file").touch()
+    walk = Walk(root, Operation())
+    paths = []
+    for entry in walk.entries():
+        paths.append(entry.path.decode())
+        if entry.path == b"first/file":
+            (root / "zeta").rename(root / "aside")
+        if entry.path == b"zulu/file":
+            (root / "aside").rename(root / "zeta")
+    assert {"zeta/file", "zeta/deep/down/file", "zeta"} <= set(paths)
+    assert walk.vanished == []
+
+
 def test_of_a_folder_that_was_moved_and_replaced_every_file_counts_as_vanished(
     root: Path, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +140,16 @@ def test_of_a_folder_that_was_moved_and_replaced_every_file_counts_as_vanished(
     monkeypatch.setattr(volume_members.Members, "pieces", disturbed)
     with pytest.raises(FinalError, match="3 of 6 files changed or vanished while they were read: zeta"):
         write_volume(Volume("edweb", root), local_store, SET_ID, "run", Operation())
+
+
+def test_of_a_folder_whose_name_a_link_has_by_then_every_file_counts_as_vanished(root: Path) -> None:
+    def replace() -> None:
+        (root / "zeta").rename(root / "first" / "version-1")
+        (root / "zeta").symlink_to("first/version-1")
+
+    walk, paths = walked(root, b"first/file", replace)
+    assert "zeta" in paths
+    assert (walk.vanished, walk.missed_files) == (["zeta"], 2)
 
 
 def test_a_folder_that_is_deleted_is_one_that_vanished(root: Path) -> None:
@@ -189,6 +214,25 @@ class _Listing:
 
     def __exit__(self, *_: object) -> None:
         self._items.close()
+
+
+@pytest.mark.parametrize("when", [b"first/file", b"middle/file"])
+def test_folders_of_which_listings_give_no_numbers_of_their_own_count_as_vanished(
+    root: Path, monkeypatch: pytest.MonkeyPatch, when: bytes
+) -> None:
+    """As of many a file system in user space: one number for all."""
+    scandir = os.scandir
+    monkeypatch.setattr(_Item, "inode", lambda _: 0xFFFFFFFF)
+    monkeypatch.setattr("athena_backup.volume_walk.os.scandir", lambda folder: _Listing(scandir(folder)))
+
+    def remove() -> None:
+        for name in ("middle", "zeta"):
+            (root / name).rename(root / "first" / name)
+
+    walk, paths = walked(root, when, remove)
+    gone = ["zeta"] if when == b"middle/file" else ["middle", "zeta"]
+    assert [name for name in walk.vanished if "/" not in name] == gone
+    assert not any(path.startswith("zeta") for path in paths)
 
 
 class _Item:

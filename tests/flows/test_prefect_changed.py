@@ -70,6 +70,16 @@ def test_a_limit_that_was_switched_off_or_raised_is_put_right_before_the_next_cl
         release(client, first)
 
 
+def test_a_limit_that_somebody_set_to_nothing_stays_so(service: Service, client: SyncPrefectClient) -> None:
+    """It holds everybody off, as whoever did it wanted."""
+    service.prefect("PATCH", "/v2/concurrency_limits/athena-app", {"limit": 0})
+    try:
+        ensure_limit(client, "app")
+        assert claim(client, "app") is None
+    finally:
+        service.prefect("PATCH", "/v2/concurrency_limits/athena-app", {"limit": 1})
+
+
 def test_a_run_that_is_asked_for_again_since_its_answer_was_lost_is_no_second_one(client: SyncPrefectClient) -> None:
     ensure_limit(client, "app")
     lease = claim(client, "app")
