@@ -73,6 +73,12 @@ def claim(client: SyncPrefectClient, namespace: str) -> UUID | None:
     except PrefectHTTPStatusError as error:
         if error.response.status_code == httpx.codes.LOCKED:
             return None
+        # "Slots requested is greater than the limit": 0 holds everybody off, as whoever set it wanted.
+        if error.response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
+            raise FinalError(
+                f"the concurrency limit {limit_name(namespace)} is 0 in Prefect, so no operation may begin",
+                next_step="set it to 1 in Prefect's UI, under Concurrency",
+            ) from error
         raise
     answer = response.json()
     # The server grants a limit that it does not know (tried): such a grant holds nobody off.

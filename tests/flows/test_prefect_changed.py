@@ -17,7 +17,7 @@ from prefect.states import Completed, Scheduled
 from service import Service
 
 from adapter import app
-from athena_backup.errors import CancelledError
+from athena_backup.errors import CancelledError, FinalError
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.settings import Settings
@@ -75,7 +75,11 @@ def test_a_limit_that_somebody_set_to_nothing_stays_so(service: Service, client:
     service.prefect("PATCH", "/v2/concurrency_limits/athena-app", {"limit": 0})
     try:
         ensure_limit(client, "app")
-        assert claim(client, "app") is None
+        with pytest.raises(FinalError, match="athena-app is 0 in Prefect, so no operation may begin"):
+            claim(client, "app")
+        answer = service.call("POST", "/ondemandbackup", "{}")
+        assert answer.is_error
+        assert "set it to 1 in Prefect's UI" in answer.text
     finally:
         service.prefect("PATCH", "/v2/concurrency_limits/athena-app", {"limit": 1})
 
