@@ -33,7 +33,7 @@ class Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._helpers.__exit__(None, None, None)
+        self._helpers.close()
 
     def names(self, folder: int, names: Sequence[bytes]) -> Iterator[bytes]:
         """The same names, of entries of the open ``folder``, each when the next ones are being looked at."""

@@ -93,6 +93,9 @@ class Helpers(Generic[_Tool]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Let those at work come to an end, drop what is waiting; `finish` first where all has to be done."""
         with self._changed:
             self._has_ended = True

@@ -10,8 +10,9 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from athena_backup.volume_entry import DIRECTORY_FLAGS, open_quietly
 
@@ -25,44 +26,56 @@ _COARSE_NANOSECONDS = 20_000_000
 """By which the clock that dates what is made may differ from ours: a tick of it, and some more (clock_gettime(2))."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """A folder that was sought: its number, its path now, and an open descriptor of it, which who seeks closes."""
+class Lost(NamedTuple):
+    """A folder that was not where it was listed: its path there, and whether something else is there now."""
+
+    path: bytes
+    is_replaced: bool
+
+
+class Found(NamedTuple):
+    """A folder that was sought: its number, and an open descriptor of it, which who seeks closes."""
 
     inode: int
-    path: bytes
     descriptor: int
 
 
 @dataclass
 class Moved:
-    """What a walk has listed, entered and not found; numbers are those of listings (readdir(3)), here and there."""
+    """The folders that one walk has listed and not found; numbers are those of listings (readdir(3)), here and there."""
 
     began_ns: int = field(default_factory=time.time_ns)
-    missing: dict[int, bytes] = field(default_factory=dict)
-    """Of folders that were not there any more: their numbers, and the paths that they had."""
-    replaced: dict[int, bytes] = field(default_factory=dict)
-    """The same of those in whose place another folder was."""
-    entered: set[int] = field(default_factory=set)
-    """Those that are read, under whatever name."""
+    _lost: dict[int, Lost] = field(default_factory=dict)
+    _entered: set[int] = field(default_factory=set)
+
+    def lose(self, inode: int, lost: Lost) -> bool:
+        """Note a folder that was not there any more; False where another one has its number: it can't be found by that."""
+        return self._lost.setdefault(inode, lost) == lost
 
     def enter(self, inode: int) -> None:
         """Note a folder that is read, under whatever name."""
-        self.entered.add(inode)
+        self._entered.add(inode)
 
     def is_entered(self, inode: int) -> bool:
         """Whether it was read already, as one that was moved to where the walk came later."""
-        return inode in self.entered
+        return inode in self._entered
 
-    def seek(self, root: int, device: int, depth_limit: int, check: Callable[[], None], skip: bytes) -> Iterator[Found]:
-        """Every folder that is missing or was replaced and is still somewhere below the open ``root``, but not read yet.
+    def take(self) -> dict[int, Lost]:
+        """What was lost since this was asked last, by number."""
+        taken, self._lost = self._lost, {}
+        return taken
+
+    def seek(
+        self, sought: Container[int], root: int, device: int, depth_limit: int, check: Callable[[], None], skip: bytes
+    ) -> Iterator[Found]:
+        """Those of the numbers ``sought`` that are still somewhere below the open ``root``, and not read yet.
 
         One that was made since the walk began has but taken over the number of one that is gone. Names at the root that begin
         with ``skip`` are left out.
         """
-        for found in _folders(root, b"", device, depth_limit, check, skip):
-            is_sought = found.inode in self.missing or found.inode in self.replaced
-            if is_sought and not self.is_entered(found.inode) and not self._is_new(found.descriptor):
+        for found in _folders(root, device, depth_limit, check, skip):
+            is_wanted = found.inode in sought and not self.is_entered(found.inode)
+            if is_wanted and not self._is_new(found.descriptor):
                 yield found
 
     def _is_new(self, folder: int) -> bool:
@@ -70,18 +83,23 @@ class Moved:
         return born_ns is not None and born_ns > self.began_ns + _COARSE_NANOSECONDS
 
 
+def files_below(folder: int, device: int, depth_limit: int, check: Callable[[], None]) -> int:
+    """How many entries that are no folders lie below an open one, on its own file system."""
+    own = _entries(folder)
+    below = _folders(folder, device, depth_limit, check)
+    return sum(inode is None for _, inode in own) + sum(
+        inode is None for found in below for _, inode in _entries(found.descriptor)
+    )
+
+
 def _folders(
-    folder: int, path: bytes, device: int, depth_limit: int, check: Callable[[], None], skip: bytes
+    folder: int, device: int, depth_limit: int, check: Callable[[], None], skip: bytes | None = None
 ) -> Iterator[Found]:
     """Every folder below an open one, each before what is in it; what can't be looked at is passed over: the walk has told."""
     check()
-    below: list[tuple[bytes, int]] = []
-    with contextlib.suppress(OSError), os.scandir(folder) as items:
-        for item in items:
-            name = os.fsencode(item.name)
-            if item.is_dir(follow_symlinks=False) and (path or not name.startswith(skip)):
-                below.append((name, item.inode()))
-    for name, inode in below:
+    for name, inode in [(name, inode) for name, inode in _entries(folder) if inode is not None]:
+        if skip is not None and name.startswith(skip):
+            continue
         try:
             descriptor = open_quietly(name, DIRECTORY_FLAGS, folder)
         except OSError:
@@ -90,11 +108,18 @@ def _folders(
             status = os.fstat(descriptor)
             # What was listed may be elsewhere by now: who takes what is found may be at it for hours.
             if status.st_dev == device and status.st_ino == inode:
-                yield Found(inode, path + name, descriptor)
+                yield Found(inode, descriptor)
                 if depth_limit:
-                    yield from _folders(descriptor, path + name + b"/", device, depth_limit - 1, check, skip)
+                    yield from _folders(descriptor, device, depth_limit - 1, check)
         finally:
             os.close(descriptor)
+
+
+def _entries(folder: int) -> Iterator[tuple[bytes, int | None]]:
+    """The names in an open folder, and of those that are folders the numbers."""
+    with contextlib.suppress(OSError), os.scandir(folder) as items:
+        for item in items:
+            yield os.fsencode(item.name), item.inode() if item.is_dir(follow_symlinks=False) else None
 
 
 def _birth_ns(descriptor: int) -> int | None:

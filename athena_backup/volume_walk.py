@@ -27,7 +27,7 @@ from athena_backup.volume_entry import (
     reading,
     shown,
 )
-from athena_backup.volume_moved import Moved
+from athena_backup.volume_moved import Lost, Moved, files_below
 
 STAGING_PREFIX = b".athena-"
 """Names at the root of a volume that are ours; never backed up."""
@@ -156,19 +156,17 @@ class Walk:
         own = path + name
         found = self.look(folder, own, name)
         if found is None:
-            if inode is not None and self._numbers_agree and inode not in self._moved.missing:
-                self._moved.missing[inode] = own
-            elif not is_passing:
-                self.vanished.append(shown(own))
+            if not is_passing:
+                self._lose(own, inode, is_replaced=False)
             return
         status, inner = found
-        if inode is not None and not stat.S_ISDIR(status.st_mode):
-            self._moved.replaced[inode] = own
-        if inode is not None and inner is not None:
-            if self._is_another(folder, name, status, inode):
-                self._moved.replaced[inode] = own
+        if inode is not None:
+            if not stat.S_ISDIR(status.st_mode):
+                self._lose(own, inode, is_replaced=True)
+            elif inner is not None and self._is_another(folder, name, status, inode):
+                self._lose(own, inode, is_replaced=True)
                 self._moved.enter(status.st_ino)
-            else:
+            elif inner is not None:
                 self._moved.enter(inode)
         if inner is None:
             if self._is_mounted(folder, own, name, status):
@@ -208,39 +206,39 @@ class Walk:
         of folders that are renamed again and again. Where listings have no numbers by which to find them, each counts as one.
         """
         if not self._numbers_agree:
-            self.vanished += map(shown, (*self._moved.missing.values(), *self._moved.replaced.values()))
+            self.vanished += [shown(lost.path) for lost in self._moved.take().values()]
             return
         for search in range(_SEARCHES):
-            sought, self._moved.missing = self._moved.missing, {}
-            replaced, self._moved.replaced = self._moved.replaced, {}
-            if not sought and not replaced:
-                return
-            seeking = Moved(self._moved.began_ns, sought, replaced, self._moved.entered)
-            for found in seeking.seek(root, self.device, DEPTH_LIMIT, self.operation.check, STAGING_PREFIX):
+            sought = self._moved.take()
+            is_last = search == _SEARCHES - 1
+            for found in self._moved.seek(sought, root, self.device, DEPTH_LIMIT, self.operation.check, STAGING_PREFIX):
                 self._moved.enter(found.inode)
-                if found.inode in replaced or search == _SEARCHES - 1:
-                    self._miss(sought.get(found.inode) or replaced[found.inode], found.descriptor)
-                    continue
-                own = sought[found.inode]
-                if not self.may_enter(own):
+                own, is_replaced = sought[found.inode]
+                if is_replaced or is_last or not self.may_enter(own):
                     self._miss(own, found.descriptor)
                     continue
                 with reading(own):
                     status = os.fstat(found.descriptor)
                 yield from self.content(found.descriptor, own + b"/", own.count(b"/") + 1)
                 yield Entry(own, status, found.descriptor, found.descriptor)
-            gone = {inode: path for inode, path in sought.items() if not self._moved.is_entered(inode)}
-            if search < _SEARCHES - 1:
-                # Sought once more, with those that were missed meanwhile: it may have been renamed while this went on.
-                self._moved.missing |= gone
-            else:
-                self.vanished += map(shown, gone.values())
+            for inode, lost in sought.items():
+                if self._moved.is_entered(inode):
+                    continue
+                if not is_last:
+                    # Sought once more, with those that were lost meanwhile: it may have been renamed while this went on.
+                    self._moved.lose(inode, lost)
+                elif not lost.is_replaced:
+                    self.vanished.append(shown(lost.path))
+
+    def _lose(self, path: bytes, inode: int | None, *, is_replaced: bool) -> None:
+        """Note an entry that was listed and is not there, a folder by its number where it can be found by that."""
+        if inode is None or not self._numbers_agree or not self._moved.lose(inode, Lost(path, is_replaced)):
+            self.vanished.append(shown(path))
 
     def _miss(self, path: bytes, folder: int) -> None:
         """Note a folder that is left out with all that is in it."""
         self.vanished.append(shown(path))
-        files = sum(len(names) for _, _, names, _ in os.fwalk(".", dir_fd=folder, follow_symlinks=False))
-        self.missed_files += max(0, files - 1)
+        self.missed_files += max(0, files_below(folder, self.device, DEPTH_LIMIT, self.operation.check) - 1)
 
     def _is_mounted(self, folder: int, path: bytes, name: bytes, status: os.stat_result) -> bool:
         """Whether an entry is another file system's; its number alone says so of folders only."""
