@@ -177,11 +177,15 @@ def _discard_replaced(root: int, staging: int, restore_id: str) -> None:
         _discard(root, staging, restore_id)
     except OSError as error:
         logger.warning(
-            "what restore %s has replaced can't be removed, and stays in the volume: %s",
-            restore_id,
-            error,
+            "what restore %s has replaced in %s can't be removed, and stays there as %s/%s: %s (%s)",
+            *(restore_id, _place(root), shown(staging_name(restore_id)), shown(OLD), error.strerror, error.filename),
             exc_info=True,
         )
+
+
+def _place(root: int) -> str:
+    """Where an open root is, for people."""
+    return os.readlink(f"/proc/self/fd/{root}")
 
 
 def _begin(root: int, staging: int) -> None:
@@ -249,8 +253,8 @@ def _move_back(root: int, staging: int) -> None:
         os.fsync(met)
     if beside:
         logger.warning(
-            "a switch was taken back; what was written meanwhile, under names that are back in place, lies beside them as %s",
-            ", ".join(map(shown, beside)),
+            "the switch of %s was taken back; what was written there meanwhile under names that are back in place is kept as %s",
+            *(_place(root), ", ".join(map(shown, beside))),
         )
     os.utime(root, ns=(os.fstat(root).st_atime_ns, _times(staging)[1]))
     os.fsync(root)

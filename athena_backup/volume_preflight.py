@@ -90,7 +90,11 @@ def _other_file_systems(root: Path, facts: VolumeFacts) -> list[str]:
     """Folders of other file systems that no list of mounts shows, as subvolumes of btrfs: at the root, and where backups met them."""
     device = os.stat(root).st_dev
     at_root = [path for path in root.iterdir() if not path.name.startswith(STAGING_PREFIX.decode())]
-    places = dict.fromkeys([*at_root, *(root / place for place in facts.other_file_systems)])
+    # A set may come from anywhere: what it names is looked at only below the root.
+    named = [
+        place for place in map(Path, facts.other_file_systems) if not place.is_absolute() and ".." not in place.parts
+    ]
+    places = dict.fromkeys([*at_root, *(root / place for place in named)])
     found = []
     for place in places:
         with contextlib.suppress(OSError):

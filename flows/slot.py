@@ -73,8 +73,8 @@ def claim(client: SyncPrefectClient, namespace: str) -> UUID | None:
     except PrefectHTTPStatusError as error:
         if error.response.status_code == httpx.codes.LOCKED:
             return None
-        # "Slots requested is greater than the limit": 0 holds everybody off, as whoever set it wanted.
-        if error.response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
+        # 0 holds everybody off, as whoever set it wanted.
+        if "greater than the limit" in error.response.text:
             raise FinalError(
                 f"the concurrency limit {limit_name(namespace)} is 0 in Prefect, so no operation may begin",
                 next_step="set it to 1 in Prefect's UI, under Concurrency",

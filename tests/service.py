@@ -233,6 +233,26 @@ class Service:
                 continue
 
 
+@contextmanager
+def volume_service(home: Path, **environment: str) -> Iterator[Service]:
+    """A started service of one volume and no database, which is quick to back up."""
+    (home / "store").mkdir()
+    (home / "edweb").mkdir()
+    (home / "edweb" / "file").write_text("content")
+    settings = {
+        "OBJECT_STORE_LOCATION_LOCAL": str(home / "store"),
+        "ATHENA_DATABASES": "{}",
+        "ATHENA_VOLUMES": json.dumps({"edweb": str(home / "edweb")}),
+        "ATHENA_CATCH_UP": "false",
+    }
+    service = Service(home, settings | environment)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.close()
+
+
 def _ancestors(pid: int) -> Iterator[int]:
     while pid > 1:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -77,7 +77,7 @@ class Plan:
         self.filling_views: list[Unit[None]] = []
         """What fills the materialized views, whose queries may call anything."""
         self.unfilled: list[str] = []
-        """The materialized views that could not be filled, each with the reason."""
+        """The materialized views that could not be filled, each with what to do and why."""
         self.event_triggers: list[Unit[None]] = []
         """What makes the event triggers, of which the next DDL, or the next login, calls the functions."""
         self.analyzed: list[str] = []
@@ -213,7 +213,9 @@ class Plan:
                         self._make([line])(turn)
                     except FinalError as error:
                         self._loading.operation.check()
-                        self.unfilled.append(f"{view_name(line)}: {error.cause}")
+                        self.unfilled.append(
+                            f"{view_name(line)} is empty, REFRESH it once its cause is mended: {error.cause}"
+                        )
 
         return work
 

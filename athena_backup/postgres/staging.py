@@ -177,7 +177,7 @@ def stage_database(
         cancelled_with(inside, operation),
     ):
         _prove(inside, facts, component)
-        notes = [f"materialized view {one} (not filled: REFRESH it when that is mended)" for one in run_code()]
+        notes = [f"materialized view {one}" for one in run_code()]
         notes += dress(inside, name, facts)
         operation.check()  # cancelled meanwhile, it is no setting that was refused
         disabled = subscriptions_of(inside, name)

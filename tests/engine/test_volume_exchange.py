@@ -421,6 +421,18 @@ def test_a_root_with_an_acl_gets_its_mode_too(tmp_path: Path, local_store: Local
     live.chmod(0o750)
 
 
+def in_own_mounts(command: str, script: str, component: Component) -> str:
+    """What a shell command prints whose mounts nobody else sees; $SCRIPT and $DOCUMENT are the script and the component."""
+    ended = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True,
+        env={**os.environ, "SCRIPT": script, "DOCUMENT": component.model_dump_json()},
+    )  # fmt: skip
+    if "mount:" in ended.stderr or "unshare:" in ended.stderr:
+        pytest.skip(f"no mounting here: {ended.stderr}")
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 @pytest.mark.skipif(not AS_ROOT or not shutil.which("unshare"), reason="only root may mount")
 def test_another_file_system_inside_that_no_list_of_mounts_shows_is_a_fault_and_never_emptied(
     component: Component, live: Path
@@ -453,16 +465,10 @@ def test_another_file_system_inside_that_no_list_of_mounts_shows_is_a_fault_and_
     )
     (live / "both" / "sub").mkdir()
     command = f'mount -t tmpfs none "{live}/both/sub" && exec "{sys.executable}" -c "$SCRIPT" "{live}" "$DOCUMENT"'
-    ended = subprocess.run(
-        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True,
-        env={**os.environ, "SCRIPT": script, "DOCUMENT": component.model_dump_json()},
-    )  # fmt: skip
-    if "mount" in ended.stderr:
-        pytest.skip(f"no mounting here: {ended.stderr}")
-    fault, kept, is_there = ended.stdout.splitlines()
+    fault, kept, is_there = in_own_mounts(command, script, component).splitlines()
     assert f"{live}/both/sub is another file system inside {live}" in fault
     assert "another file system, which is not removed" in kept
-    assert is_there == "True", ended.stderr
+    assert is_there == "True"
 
 
 def test_volumes_on_one_file_system_need_room_for_all_of_them(
@@ -636,11 +642,6 @@ class TestPreflight:
             f"print(preflight_volume(component, pathlib.Path(sys.argv[1]), '{RESTORE_ID}'))\n"
         )
         command = f'mount -t tmpfs -o ro none "{live}" && exec "{sys.executable}" -c "$SCRIPT" "{live}" "$DOCUMENT"'
-        ended = subprocess.run(
-            ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True,
-            env={**os.environ, "SCRIPT": script, "DOCUMENT": component.model_dump_json()},
-        )  # fmt: skip
-        if "mount" in ended.stderr:
-            pytest.skip(f"no mounting here: {ended.stderr}")
-        assert "DeniedError" in ended.stdout
-        assert "Read-only file system" in ended.stdout, ended.stderr
+        said = in_own_mounts(command, script, component)
+        assert "DeniedError" in said
+        assert "Read-only file system" in said

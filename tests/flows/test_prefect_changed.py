@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Scheduled
-from service import Service
+from service import Service, volume_service
 
 from adapter import app
 from athena_backup.errors import CancelledError, FinalError
@@ -30,24 +29,10 @@ SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("changed")
-    (home / "store").mkdir()
-    (home / "edweb").mkdir()
-    (home / "edweb" / "file").write_text("content")
-    settings = {
-        "OBJECT_STORE_LOCATION_LOCAL": str(home / "store"),
-        "ATHENA_DATABASES": "{}",
-        "ATHENA_VOLUMES": json.dumps({"edweb": str(home / "edweb")}),
-        "ATHENA_CATCH_UP": "false",
-        "ENABLE_REGULAR_BACKUPS": "true",
-        "BACKUP_FREQUENCY": "0 0 3 1 1 *",
-    }
-    service = Service(home, settings)
-    try:
-        service.start()
-        yield service
-    finally:
-        service.close()
+    with volume_service(
+        tmp_path_factory.mktemp("changed"), ENABLE_REGULAR_BACKUPS="true", BACKUP_FREQUENCY="0 0 3 1 1 *"
+    ) as started:
+        yield started
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
-from service import Service, await_true
+from service import Service, await_true, volume_service
 
 from flows import stuck_slot
 from flows.stuck_slot import StuckSlots
@@ -15,22 +15,8 @@ from flows.stuck_slot import StuckSlots
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("stuck")
-    (home / "store").mkdir()
-    (home / "edweb").mkdir()
-    (home / "edweb" / "file").write_text("content")
-    settings = {
-        "OBJECT_STORE_LOCATION_LOCAL": str(home / "store"),
-        "ATHENA_DATABASES": "{}",
-        "ATHENA_VOLUMES": json.dumps({"edweb": str(home / "edweb")}),
-        "ATHENA_CATCH_UP": "false",
-    }
-    service = Service(home, settings)
-    try:
-        service.start()
-        yield service
-    finally:
-        service.close()
+    with volume_service(tmp_path_factory.mktemp("stuck")) as started:
+        yield started
 
 
 @pytest.fixture
