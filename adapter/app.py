@@ -42,6 +42,7 @@ from athena_backup.store import Store
 from blocks.keys import is_known
 from blocks.stores import KeptStore
 from flows.copies import bury_dead_copies, is_being_copied
+from flows.dead_runs import reconcile
 from flows.requests import RestoreRequest, unknown_names
 from flows.runs import (
     BACKUP,
@@ -54,7 +55,6 @@ from flows.runs import (
     is_being_restored,
     list_runs,
     ongoing_run,
-    reconcile,
     start_backup,
     start_restore,
 )

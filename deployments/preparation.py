@@ -18,6 +18,7 @@ from blocks.store_blocks import register
 from blocks.stores import open_store
 from deployments.checkup import refuse_overlaps
 from flows.copies import bury_dead_copies
+from flows.dead_runs import reconcile, skip_missed
 from flows.recovery import half_switched_volumes
 from flows.requests import BackupRequest
 from flows.runs import (
@@ -26,8 +27,6 @@ from flows.runs import (
     RECOVER,
     RESTORE,
     OperationRunningError,
-    reconcile,
-    skip_missed,
     start_backup,
     start_recovery,
 )

@@ -15,8 +15,9 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Crashed
 
 from athena_backup.names import SetId
+from flows.dead_runs import CLAIM_GRACE, PENDING_LIMIT, end_run
 from flows.requests import CopyRequest
-from flows.runs import CLAIM_GRACE, COPY, PENDING_LIMIT, OperationRun, create_run, end_run, operation_run, read_runs
+from flows.runs import COPY, OperationRun, create_run, operation_run, read_runs
 from flows.slot import claim, copy_slot, ensure_limit, release
 
 logger = logging.getLogger("athena_backup.copies")

@@ -43,8 +43,9 @@ from athena_backup.settings import Settings, load_settings
 from athena_backup.store import Store
 from blocks.stores import open_store
 from flows.copies import bury_dead_copies
+from flows.dead_runs import reconcile
 from flows.progress import ProgressArtifact
-from flows.runs import COPY, Kind, reconcile, run_name, run_tags
+from flows.runs import COPY, Kind, run_name, run_tags
 from flows.slot import LEASE_SECONDS, claim, copy_slot, ensure_limit, held, release, renew
 
 COPY_WAIT_SECONDS = LEASE_SECONDS + 30

@@ -21,7 +21,8 @@ from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.settings import Settings
 from flows import operating
-from flows.runs import BACKUP, PENDING_LIMIT, create_run, end_run, skip_missed
+from flows.dead_runs import PENDING_LIMIT, end_run, skip_missed
+from flows.runs import BACKUP, create_run
 from flows.slot import claim, ensure_limit, release
 
 SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))

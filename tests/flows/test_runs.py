@@ -12,9 +12,11 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Cancelled, Pending, Scheduled
 
 from adapter.records import run_status
+from athena_backup.store import Store
 from blocks.keys import block_name
-from flows import runs
-from flows.runs import BACKUP, RECOVER, RESTORE, OperationRun, operation_run, reconcile
+from flows import dead_runs, runs
+from flows.dead_runs import reconcile
+from flows.runs import BACKUP, RECOVER, RESTORE, OperationRun, operation_run
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_a_run_whose_runner_died_before_it_had_begun_is_ended(
     def list_runs(_client: object, asked: runs.Kind, *_: object, **__: object) -> list[OperationRun]:
         return [operation_run(kind, "app", run)] if asked == kind else []
 
-    monkeypatch.setattr(runs, "list_runs", list_runs)
-    monkeypatch.setattr(runs, "_bury", lambda _client, _store, one: buried.append(one.id))
-    assert reconcile(cast("SyncPrefectClient", None), cast("runs.Store", None), "app", lease=uuid4()) == is_dead
+    monkeypatch.setattr(dead_runs, "list_runs", list_runs)
+    monkeypatch.setattr(dead_runs, "_bury", lambda _client, _store, one: buried.append(one.id))
+    assert reconcile(cast("SyncPrefectClient", None), cast("Store", None), "app", lease=uuid4()) == is_dead
     assert buried == [run.id] * is_dead
