@@ -35,6 +35,7 @@ from athena_backup.postgres.copy_out import CopySessions, RangeReading, count_ro
 from athena_backup.postgres.copy_places import CopyPlaces
 from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import read_facts, tables_with_rows, translating, with_dump
+from athena_backup.postgres.greeting import greeting
 from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import (
     Database,
@@ -67,7 +68,6 @@ _KNOWN_WARNINGS: tuple[tuple[re.Pattern[str], bool], ...] = (
     (re.compile(r"^pg_dump: warning: subscriptions not dumped because current user is not a superuser$"), True),
     (re.compile(r"^pg_dump: warning: there are circular foreign-key constraints"), False),
     (re.compile(r"^pg_dump: warning: could not resolve dependency loop"), False),
-    (re.compile(r'^WARNING:  database ".*" has a collation version mismatch$'), False),
     (re.compile(r"^(pg_dump: (detail|hint): |DETAIL:  |HINT:  )"), False),
 )
 
@@ -298,9 +298,11 @@ class _Dump:
             raise FinalError("pg_dump ended with exit code 0 and wrote nothing", step="dumping")
         if len(ended.stderr) >= STDERR_LIMIT_LINES:
             raise FinalError(f"pg_dump wrote more than {STDERR_LIMIT_LINES} lines of warnings", step="dumping")
+        is_strange = any(is_known_warning(line) is None for line in ended.stderr)
+        greeted = greeting(self._held.database.url) if is_strange else frozenset[str]()
         for line in ended.stderr:
             omits = is_known_warning(line)
-            if omits is None:
+            if omits is None and line not in greeted:
                 raise FinalError(
                     f"pg_dump said something that is not known to be harmless: {line}",
                     next_step="if the dump is right all the same, report the line so that it can be listed as known",

@@ -10,6 +10,7 @@ from round_trip import Make, dump, stage
 
 from athena_backup.manifest import Collation, Component
 from athena_backup.postgres.embedded import EmbeddedServer
+from athena_backup.postgres.greeting import greeting
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.store.local import LocalStore
 
@@ -55,6 +56,18 @@ def test_those_of_the_same_version_are_not(database: Database, local_store: Loca
     assert component.database.collation_version == "1"
     assert [(one.name, one.version) for one in component.database.collations] == [("pg_c_utf8", "1")]
     assert stage(component, database, local_store).notes == ()
+
+
+def test_a_database_whose_own_collation_has_another_version_by_now_is_backed_up(
+    postgres: EmbeddedServer, database: Database, local_store: LocalStore
+) -> None:
+    """Its server warns whoever connects, in a language of its own: what it says is not known from a list."""
+    with session(postgres.url()) as connection:
+        run_sql(connection, "UPDATE pg_database SET datcollversion = '0' WHERE datname = 'sorted'")
+    assert any("collation version mismatch" in line for line in greeting(database.url))
+    component = dump(database, local_store)
+    assert component.database is not None
+    assert component.database.collation_version == "0"
 
 
 def test_collations_of_another_version_are_told_with_their_indexes(database: Database, local_store: LocalStore) -> None:

@@ -87,11 +87,12 @@ def test_a_materialized_view_that_can_not_be_filled_is_told_and_loses_nothing_el
 
 
 def test_a_database_that_greets_who_comes_in_is_backed_up(make_database: Make, local_store: LocalStore) -> None:
-    """A login's event trigger (since 17) may have something to tell, which is no warning of pg_dump's."""
+    """A login's event trigger (since 17) may have something to tell or to warn of, which is no warning of pg_dump's."""
     database = make_database(
         "greeting",
         "CREATE TABLE t AS SELECT 1 AS i; CREATE FUNCTION greet() RETURNS event_trigger LANGUAGE plpgsql"
-        " AS $$BEGIN RAISE NOTICE 'welcome'; END$$; CREATE EVENT TRIGGER greeting ON login EXECUTE FUNCTION greet()",
+        " AS $$BEGIN RAISE NOTICE 'welcome'; RAISE WARNING 'mind the gap' USING HINT = 'jump'; END$$;"
+        " CREATE EVENT TRIGGER greeting ON login EXECUTE FUNCTION greet()",
     )
     restore(dump(database, local_store), database, local_store)
     assert rows(database, "SELECT i FROM public.t") == [(1,)]
