@@ -29,7 +29,7 @@ from athena_backup.manifest import (
     read_component,
     read_manifest,
 )
-from athena_backup.names import SetId
+from athena_backup.names import SetId, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import read_back, watched
 from athena_backup.store import Store, StoreLocation, UnsettledError, read_document
@@ -85,7 +85,8 @@ def _copy_set(source: Store, target: Store, set_id: SetId, operation: Operation)
     if read_manifest(document, set_id.prefix + MANIFEST) != manifest:
         raise DamagedError(f"the manifest of {set_id} changed while it was read")
     documents = _documents(source, manifest)
-    _refuse_another_set(target, manifest, document, documents)
+    if _refuse_another_set(target, manifest, document, documents):
+        _refuse_another_name(source, target, set_id)
     parts = [part for component in manifest.components for part in component.parts]
     sent_bytes = 0
     for component in manifest.components:
@@ -123,8 +124,30 @@ def _check_component(component: Component, document: bytes, key: str) -> None:
         raise DamagedError(f"{key} is not what the manifest says of it", next_step="copy another set")
 
 
-def _refuse_another_set(target: Store, manifest: Manifest, document: bytes, documents: dict[str, bytes]) -> None:
-    """Raise `FinalError` if the target has anything under the set's name that no copy of this set has put there."""
+def _refuse_another_name(source: Store, target: Store, set_id: SetId) -> None:
+    """Raise `FinalError` if what is put into the target is seen in the source: one place, by two names of a server's.
+
+    Two names can't be compared as `_are_one` does. Of a target that has the whole set already this tells a copy from the set itself.
+    """
+    probe = f"{set_id.namespace}/operations/probe-{new_attempt()}"
+    target.put(probe, b"")
+    try:
+        is_one = source.head(probe) is not None
+    finally:
+        with contextlib.suppress(AthenaError):  # keys that may not delete are enough for copies
+            target.delete([probe])
+    if is_one:
+        raise FinalError(
+            f"{target.location.place} is the store that the set is in, by another name",
+            next_step="name another store for the copy",
+        )
+
+
+def _refuse_another_set(target: Store, manifest: Manifest, document: bytes, documents: dict[str, bytes]) -> bool:
+    """Raise `FinalError` if the target has anything under the set's name that no copy of this set has put there.
+
+    Returns whether it has the set's manifest, and so the whole set.
+    """
     set_id = manifest.set_id
     where = f"{target.location.place} has another set {set_id}"
     advice = "delete it there, or copy into another store"
@@ -132,17 +155,19 @@ def _refuse_another_set(target: Store, manifest: Manifest, document: bytes, docu
         raise FinalError(
             f"{set_id} is being deleted in {target.location.place}", next_step="delete it there to the end"
         )
+    is_whole = True
     try:
         if read_document(target, set_id.prefix + MANIFEST) != document:
             raise FinalError(f"{where}: its manifest differs", next_step=advice)
     except AbsentError:
-        pass
+        is_whole = False
     ours = {part.key for component in manifest.components for part in component.parts}
     ours |= {*documents, set_id.prefix + MANIFEST}
     for entry in target.entries(set_id.prefix):
         if entry.key not in ours:
             what = "which failed" if entry.key == set_id.prefix + FAILURE else f"with {entry.key}"
             raise FinalError(f"{where}, {what}", next_step=advice)
+    return is_whole
 
 
 def _sweep_killed_copies(target: Store, manifest: Manifest) -> None:

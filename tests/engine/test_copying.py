@@ -285,6 +285,19 @@ def test_the_bucket_itself_in_another_region_is_no_place_for_a_copy(
             copy_set(first, second, manifest.set_id, Operation())
 
 
+def test_the_bucket_itself_by_another_name_of_its_server_is_no_place_for_a_copy(
+    local_store: LocalStore, s3: ObjectStore, s3_server: EmbeddedS3, manifest: Manifest
+) -> None:
+    other_name = s3_server.endpoint.replace("127.0.0.1", "localhost")
+    assert other_name != s3_server.endpoint
+    second = open_s3(s3_server.bucket, other_name, s3_server.region, s3_server.keys)
+    copy_set(local_store, s3, manifest.set_id, Operation())
+    before = [entry.key for entry in s3.entries(f"{manifest.set_id.namespace}/")]
+    with pytest.raises(FinalError, match="is the store that the set is in, by another name"):
+        copy_set(s3, second, manifest.set_id, Operation())
+    assert [entry.key for entry in s3.entries(f"{manifest.set_id.namespace}/")] == before
+
+
 def test_another_server_s_bucket_of_the_same_name_and_region_is_a_place_for_a_copy(
     local_store: LocalStore, s3: ObjectStore, manifest: Manifest
 ) -> None:
