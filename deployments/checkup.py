@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy import text
 
 from athena_backup.errors import AthenaError, FinalError
+from athena_backup.mounts import Mount, mounts, origin
 from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.sessions import Database, identity, refuse_older, session
 from athena_backup.schedule import in_words, upcoming
@@ -140,15 +141,18 @@ def overlaps(settings: Settings, store_directory: str | None) -> list[str]:
     forbidden["PREFECT_HOME"] = Path(os.path.realpath(settings.prefect_home))
     if store_directory is not None:
         forbidden["the store"] = Path(os.path.realpath(store_directory))
+    seen: list[Mount] = []
+    with contextlib.suppress(OSError):
+        seen = mounts()
     among = [
         f"{name} and {other} lie in one another: each byte has to belong to one component"
         for name, other in itertools.combinations(places, 2)
-        if _overlap(places[name], places[other])
+        if _overlap(places[name], places[other], seen)
     ]
     with_ours = [
         f"{name} and {what} lie in one another: a backup must not back itself up, nor a restore replace it"
         for name, what in itertools.product(places, forbidden)
-        if _overlap(places[name], forbidden[what])
+        if _overlap(places[name], forbidden[what], seen)
     ]
     with_servers = [
         f"{name} holds the data directory of a PostgreSQL server: copied as files, it could not be started again"
@@ -168,8 +172,16 @@ def _holds_data_directory(place: Path) -> bool:
     return False
 
 
-def _overlap(one: Path, other: Path) -> bool:
-    return one == other or one in other.parents or other in one.parents
+def _overlap(one: Path, other: Path, seen: list[Mount]) -> bool:
+    """By their paths, and by what lies there: a bind mount, or a disk's ``subPath``, is the same files by another path."""
+    origins = origin(one, seen), origin(other, seen)
+    if origins[0] is not None and origins[1] is not None and origins[0][0] == origins[1][0]:
+        return _contain(one, other) or _contain(origins[0][1], origins[1][1])
+    return _contain(one, other)
+
+
+def _contain(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def _schedule_findings(settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -1,0 +1,38 @@
+"""What is mounted where, as far as this process can see (proc_pid_mountinfo(5))."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One mount: the folder ``root`` of the file system ``device`` (major:minor), seen at ``place``."""
+
+    device: str
+    root: str
+    place: str
+
+
+def mounts() -> list[Mount]:
+    """All of them, a later one over an earlier one at the same place. Raises `OSError`."""
+    lines = (line.split() for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
+    return [Mount(os.fsdecode(words[2]), _decoded(words[3]), _decoded(words[4])) for words in lines]
+
+
+def _decoded(word: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), word))
+
+
+def origin(place: Path, among: list[Mount]) -> tuple[str, Path] | None:
+    """In which file system, and where in it, an absolute path without symbolic links lies; None where no mount shows it.
+
+    Two paths with the same origin are one directory, whatever they are called: bind mounts, volumes of one disk by ``subPath``.
+    """
+    holding = [mount for mount in among if place.is_relative_to(mount.place)]
+    if not holding:
+        return None
+    # Of two at one place the later one is seen.
+    mount = max(enumerate(holding), key=lambda one: (len(one[1].place), one[0]))[1]
+    return mount.device, Path(mount.root) / place.relative_to(mount.place)

@@ -1,0 +1,49 @@
+"""Volumes that hold the store, or one another, by a path that does not say so."""
+
+import os
+from pathlib import Path
+
+import pytest
+from own_mounts import in_own_mounts, mount, tmpfs
+
+from athena_backup.settings import Settings
+from deployments.checkup import overlaps
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+
+
+def settings(home: Path, **volumes: Path) -> Settings:
+    return Settings(athena_home=home, athena_volumes=volumes)
+
+
+def test_a_folder_of_a_volume_that_is_mounted_elsewhere_is_no_place_for_the_store(tmp_path: Path) -> None:
+    """As by ``subPath`` of one disk: the backup would hold itself, and a restore would remove every set."""
+
+    def work() -> None:
+        disk = tmpfs(tmp_path / "disk with a space", "size=1m")
+        for folder in ("repos/backups", "beside"):
+            (disk / folder).mkdir(parents=True)
+        inside, beside = tmp_path / "inside", tmp_path / "beside"
+        for place, folder in ((inside, "repos/backups"), (beside, "beside")):
+            place.mkdir()
+            mount("--bind", disk / folder, place)
+        own = settings(tmp_path / "home", repos=disk / "repos")
+        assert overlaps(own, str(beside)) == []
+        [found] = overlaps(own, str(inside))
+        assert found.startswith("volume repos and the store lie in one another")
+        found = " ".join(overlaps(settings(inside / "home", repos=disk / "repos"), str(tmp_path / "store")))
+        assert "volume repos and ATHENA_HOME lie in one another" in found
+
+    in_own_mounts(work)
+
+
+def test_one_folder_is_no_two_volumes_by_whatever_paths(tmp_path: Path) -> None:
+    def work() -> None:
+        disk = tmpfs(tmp_path / "disk", "size=1m")
+        again = tmp_path / "again"
+        again.mkdir()
+        mount("--bind", disk, again)
+        [found] = overlaps(settings(tmp_path / "home", one=disk, two=again), None)
+        assert found.startswith("volume one and volume two lie in one another")
+
+    in_own_mounts(work)
