@@ -39,8 +39,8 @@ class Members:
     uids: set[int] = field(default_factory=set)
     gids: set[int] = field(default_factory=set)
     xattr_classes: set[str] = field(default_factory=set)
-    links: dict[tuple[int, int], tuple[bytes, int, int]] = field(default_factory=dict)
-    """Of every inode with several names: the first one, and the size and time that it had."""
+    links: dict[tuple[int, int], tuple[bytes, int, int, int]] = field(default_factory=dict)
+    """Of every inode that has more names to come: the first one, the size and time that it had, and how many are to come."""
 
     def pieces(self, entry: Entry) -> Iterator[bytes]:
         """The bytes of one entry's member, none if it is gone; raises `FinalError` if it can't be read."""
@@ -93,14 +93,19 @@ class Members:
                 inode = (status.st_dev, status.st_ino)
                 first = self.links.get(inode)
                 # A deleted file's inode is given to the next one: the number alone does not make it the same file.
-                if first is not None and first[1:] == (status.st_size, status.st_mtime_ns):
+                if first is not None and first[1:3] == (status.st_size, status.st_mtime_ns):
+                    # Millions of them would be kept in memory for nothing.
+                    if first[3] > 1:
+                        self.links[inode] = (*first[:3], first[3] - 1)
+                    else:
+                        del self.links[inode]
                     member = member_of(entry.path, status, link=first[0])
                     yield self._counted(replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0))
                     return
                 if first is not None and not entry.is_object:
                     # Changed since its first name was read: it comes back as two files.
                     self.torn.append(shown(entry.path))
-                self.links[inode] = (entry.path, status.st_size, status.st_mtime_ns)
+                self.links[inode] = (entry.path, status.st_size, status.st_mtime_ns, status.st_nlink - 1)
             yield from self._content(entry, descriptor, status)
         finally:
             os.close(descriptor)
