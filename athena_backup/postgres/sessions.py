@@ -56,6 +56,11 @@ _LIBPQ_VARIABLES = {
     "sslsni": "PGSSLSNI",
     "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
+# What libpq, or a library that it uses, looks up by itself beside them. Not a service: its host would go before the URL's,
+# which a child has from its environment too.
+_INHERITED = frozenset(
+    {*_LIBPQ_VARIABLES.values(), "HOME", "KRB5CCNAME", "KRB5_CONFIG", "PGPASSWORD", "PGSERVICEFILE", "PGUSER"}
+) - {"PGSERVICE"}
 # What `session` and `libpq_environment` set themselves, whatever a URL says.
 _OURS = frozenset(
     {
@@ -141,7 +146,7 @@ def parse_database_url(name: str, url_text: str) -> URL:
 
 def libpq_environment(url: URL) -> dict[str, str]:
     """What a child (`pg_dump`, `psql`) needs in its environment to connect where ``url`` points."""
-    environment = {
+    given = {
         "PGHOST": url.host,
         "PGPORT": str(url.port) if url.port else None,
         "PGUSER": url.username,
@@ -150,18 +155,18 @@ def libpq_environment(url: URL) -> dict[str, str]:
         "PGAPPNAME": APPLICATION_NAME,
         "PGCONNECT_TIMEOUT": str(CONNECT_SECONDS),
     }
-    # What libpq takes from the environment for our own sessions, TLS above all, holds for the child too.
+    # What libpq takes from the environment for our own sessions, a password or TLS above all, holds for the child too.
     # Only these are looked up: while a store renews its client, other variables come and go (`bare_environment`).
-    environment |= {name: os.environ[name] for name in os.environ if name.startswith("PGSSL") or name == "PGPASSFILE"}
+    environment = {name: os.environ[name] for name in os.environ if name.startswith("PGSSL") or name in _INHERITED}
+    environment |= {name: value for name, value in given.items() if value is not None}
     for name, value in url.query.items():
         variable = _LIBPQ_VARIABLES.get(name)
         if variable:
             environment[variable] = value if isinstance(value, str) else ",".join(value)
-    given = [environment.get("PGOPTIONS") or ""]
     environment["PGOPTIONS"] = " ".join(
-        [*given, *(f"-c {name}={value}" for name, value in CHILD_SETTINGS.items())]
+        [environment.get("PGOPTIONS", ""), *(f"-c {name}={value}" for name, value in CHILD_SETTINGS.items())]
     ).strip()
-    return {name: value for name, value in environment.items() if value is not None}
+    return environment
 
 
 @contextlib.contextmanager

@@ -78,6 +78,26 @@ def test_a_child_is_told_what_the_session_is_told() -> None:
     assert wanted.items() <= environment.items()
 
 
+def test_a_child_is_told_what_the_session_takes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password from a secret, for example, which the session finds by itself; what the URL says goes before it."""
+    given = {
+        "PGPASSWORD": "secret",
+        "PGUSER": "me",
+        "PGSSLMODE": "require",
+        "PGOPTIONS": "-c role=reader",
+        "HOME": "/h",
+    }
+    for name, value in {**given, "PGSERVICE": "elsewhere", "AWS_SECRET_ACCESS_KEY": "other"}.items():
+        monkeypatch.setenv(name, value)
+    environment = libpq_environment(parse_database_url("asp", "postgresql://host/asp?sslmode=verify-full"))
+    assert environment.pop("PGOPTIONS").startswith("-c role=reader -c ")
+    wanted = {"PGPASSWORD": "secret", "PGUSER": "me", "PGHOST": "host", "PGSSLMODE": "verify-full", "HOME": "/h"}
+    assert wanted.items() <= environment.items()
+    assert not {"PGSERVICE", "AWS_SECRET_ACCESS_KEY"} & environment.keys()
+    told = libpq_environment(parse_database_url("asp", "postgresql://u:p@host/asp"))
+    assert (told["PGUSER"], told["PGPASSWORD"]) == ("u", "p")
+
+
 @pytest.mark.parametrize("parameter", ["sslpassword=hush", "no_such=1", "password=hush&password=hush"])
 def test_a_parameter_that_a_child_could_not_be_told_is_refused_without_its_value(parameter: str) -> None:
     with pytest.raises(FinalError, match="parameters that can't be used") as caught:
