@@ -61,6 +61,12 @@ _BOOTSTRAP_OWNS = " OR ".join(
         ("pg_default_acl", "defaclrole"),
     )
 )
+# `public` is initdb's, and is dumped with its owner and rights where they are not a new server's (since version 15 another's).
+_BOOTSTRAP_HAS_PUBLIC = (
+    "EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname OPERATOR(pg_catalog.=) 'public'"
+    " AND (n.nspowner OPERATOR(pg_catalog.=) CAST(10 AS oid) OR EXISTS (SELECT FROM pg_catalog.aclexplode(n.nspacl) a"
+    " WHERE a.grantee OPERATOR(pg_catalog.=) CAST(10 AS oid))))"
+)
 # What is granted to it or by it, and the policies and user mappings that name it.
 _BOOTSTRAP_IS_NAMED = " OR ".join(
     [
@@ -105,7 +111,8 @@ _ROLES = text(
     # Of a subscription pg_shdepend has a line that is no database's.
     " UNION SELECT u.subowner FROM pg_catalog.pg_subscription u JOIN pg_catalog.pg_database d"
     " ON d.oid OPERATOR(pg_catalog.=) u.subdbid WHERE d.datname OPERATOR(pg_catalog.=) current_database()"
-    f" UNION SELECT CAST(10 AS oid) WHERE {_BOOTSTRAP_OWNS} OR {_BOOTSTRAP_IS_NAMED})"
+    f" UNION SELECT CAST(10 AS oid) WHERE {_BOOTSTRAP_OWNS} OR {_BOOTSTRAP_HAS_PUBLIC}"
+    f" OR {_BOOTSTRAP_IS_NAMED})"
     " ORDER BY r.rolname"
 )
 

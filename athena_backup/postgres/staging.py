@@ -123,16 +123,27 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
     return " ".join(options)
 
 
+_SELF_GRANT_SINCE = 160_000
+_OWN_ROLE = text(
+    "SELECT rolname::text AS name, rolsuper AS is_superuser, pg_catalog.current_setting('server_version_num')::int AS version"
+    " FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user"
+)
+
+
 def create_missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
     """Create the roles that the destination lacks, without a login or any power; memberships only among those.
 
     One exception: whoever creates them without being a superuser becomes a member, or he could make nothing theirs.
     """
     missing = missing_roles(connection, facts)
-    # Since version 16 who creates a role may administer it but not be it (manual, "createrole_self_grant").
+    # Since version 16 who creates a role may administer it but not be it (manual, "createrole_self_grant"); before, it is
+    # no member unless it says so.
     apply_settings(connection, {"createrole_self_grant": "set, inherit"})
+    own = connection.execute(_OWN_ROLE).one()
+    is_to_join = not own.is_superuser and own.version < _SELF_GRANT_SINCE
+    joined = f" ROLE {quoted(own.name)}" if is_to_join else ""
     for name in missing:
-        run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN")
+        run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN{joined}")
     for role in facts.roles:
         for parent in role.member_of:
             if role.name in missing and parent in missing:

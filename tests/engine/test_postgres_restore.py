@@ -221,6 +221,18 @@ def test_a_dump_of_a_newer_client_restores_into_a_server_that_lacks_its_settings
         assert facts_of(component).dump_version.startswith("18.")
         restore(component, database, local_store)
         assert rows(database, "SELECT count(*) FROM public.t") == [(10,)]
+        # Of a server of that age whoever creates a role is no member of it by that alone.
+        with session(server.url()) as connection:
+            run_sql(connection, "CREATE ROLE maker LOGIN CREATEDB CREATEROLE; CREATE ROLE former")
+            run_sql(connection, "ALTER DATABASE older OWNER TO former")
+        with session(database.url) as connection:
+            run_sql(connection, "ALTER TABLE public.t OWNER TO former")
+        component = dump(database, local_store)
+        with session(server.url()) as connection:
+            run_sql(connection, "DROP DATABASE older")
+            run_sql(connection, "DROP ROLE former")
+        restore(component, Database("older", database.url.set(username="maker")), local_store)
+        assert rows(database, "SELECT tableowner::text FROM pg_tables WHERE tablename = 't'") == [("former",)]
 
 
 _UNKNOWN_SETTING = (
