@@ -122,7 +122,9 @@ class Plan:
             ]
             entries = soon.get(oid, TableEntries((), ()))
             if size_bytes >= loading.soon_bytes:
-                own = self._add_entries(entries, name, oid, size_bytes, own)
+                # After the dump's rows too: an index may call an extension's function, and that what the extension is configured
+                # by (PostGIS: spatial_ref_sys).
+                own = self._add_entries(entries, name, oid, size_bytes, [*own, dumped])
                 made_at |= dict.fromkeys(entries.lines, own[-1])
             else:
                 small += entries.lines

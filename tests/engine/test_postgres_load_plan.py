@@ -3,12 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from relays import relayed
 from round_trip import ALL_BY_COPY, Make, dump, restore, rows
 
-from athena_backup.postgres.load_plan import IndexWorkers
+from athena_backup.postgres import load
+from athena_backup.postgres.load_plan import IndexWorkers, Plan
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.store.local import LocalStore
 
@@ -46,6 +48,31 @@ def test_an_index_that_is_made_alone_on_this_machine_gets_as_many_workers_as_oth
     with greedy_role(database) as greedy:
         restore(component, greedy, local_store, jobs=2, soon_bytes=soon_bytes)
     assert rows(database, "SELECT count(*) FROM pg_indexes WHERE tablename = 't'") == [(1,)]
+
+
+def test_nothing_is_made_of_a_table_before_the_dump_s_own_rows_are_in(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index may call an extension's function, and that read what the extension is configured by: rows of the dump."""
+    plans: list[Plan] = []
+
+    class Kept(Plan):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            plans.append(self)
+
+    monkeypatch.setattr(load, "Plan", Kept)
+    database = make_database(
+        "ordered", "CREATE TABLE t AS SELECT i FROM generate_series(1, 100) i; CREATE INDEX ON t (i)"
+    )
+    restore(dump(database, local_store, **ALL_BY_COPY), database, local_store, soon_bytes=0)
+    [plan] = plans
+    before: list[set[int]] = []
+    for unit in plan.units:
+        before.append(set(unit.after).union(*(before[number] for number in unit.after)))
+    made = [needs for needs in before if needs]
+    assert len(made) >= 2, "the index, and ANALYZE of its table"
+    assert all(0 in needs for needs in made)
 
 
 def test_a_server_behind_a_relay_is_another_machines_and_decides_itself(make_database: Make) -> None:
