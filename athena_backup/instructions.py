@@ -3,13 +3,16 @@
 import shlex
 from collections.abc import Sequence
 
-from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Stream, component_folder
+from athena_backup.manifest import INSTRUCTIONS, Component, DatabaseFacts, Manifest, Server, Stream, component_folder
 from athena_backup.postgres.copy_in import copy_statement
 from athena_backup.postgres.session_settings import FORMAT_SETTINGS, client_encoding
 from athena_backup.postgres.sessions import ascii_quoted, connection_string, quoted
 
 _TIMEOUT_MAJOR = 17
 """The version of PostgreSQL that brought transaction_timeout, which every dump written by it sets."""
+
+_PROVIDER_SINCE = 150_000
+"""The server, and createdb, that know more locale providers than libc."""
 
 _HEAD = """# Restoring backup set {set_id} by hand
 
@@ -86,7 +89,9 @@ def _database(manifest: Manifest, component: Component) -> str:
     lines = [
         f"export PGOPTIONS={shlex.quote(' '.join(f'-c {name}={value}' for name, value in FORMAT_SETTINGS.items()))}"
     ]
-    lines += [f"createdb --template=template0 {_create_options(facts)} -- {shlex.quote(facts.database)}"]
+    lines += [
+        f"createdb --template=template0 {_create_options(facts, component.server)} -- {shlex.quote(facts.database)}"
+    ]
     copy = f'zstd -dc | PGCLIENTENCODING={client_encoding(facts.encoding)} {psql} --command="$1"'
     if tables:
         lines += [
@@ -122,7 +127,7 @@ def _dump_major(facts: DatabaseFacts) -> int:
     return int(facts.dump_version.partition(".")[0] or 0)
 
 
-def _create_options(facts: DatabaseFacts) -> str:
+def _create_options(facts: DatabaseFacts, server: Server | None) -> str:
     options = {
         "owner": facts.owner,
         "encoding": facts.encoding,
@@ -134,6 +139,8 @@ def _create_options(facts: DatabaseFacts) -> str:
         options |= {"icu-rules": facts.icu_rules} if facts.icu_rules else {}
     elif facts.locale_provider == "b" and facts.locale:
         options |= {"locale-provider": "builtin", "builtin-locale": facts.locale}
+    elif facts.locale_provider == "c" and server is not None and server.version >= _PROVIDER_SINCE:
+        options |= {"locale-provider": "libc"}  # else the destination's own, by which it may sort otherwise
     if facts.tablespace != "pg_default":
         options["tablespace"] = facts.tablespace
     return " ".join(f"--{name}={shlex.quote(value)}" for name, value in options.items())

@@ -181,11 +181,26 @@ def _obstacles(connection: Connection, target: Database) -> list[AthenaError]:
     return faults
 
 
+_BOUND_EXTENSIONS = frozenset({"pg_cron"})
+"""Those whose CREATE EXTENSION looks at the name of the database, which is another one until the switch."""
+
+
 def _extension_faults(inside: Connection, facts: DatabaseFacts) -> list[AthenaError]:
     available = set(inside.execute(text("SELECT name FROM pg_catalog.pg_available_extensions")).scalars())
     missing = [extension.name for extension in facts.extensions if extension.name not in available]
-    if not missing:
-        return []
-    return [
-        FinalError(f"the destination lacks the extensions {', '.join(missing)}", next_step="install them on the server")
-    ]
+    faults: list[AthenaError] = []
+    if missing:
+        faults.append(
+            FinalError(
+                f"the destination lacks the extensions {', '.join(missing)}", next_step="install them on the server"
+            )
+        )
+    bound = [extension.name for extension in facts.extensions if extension.name in _BOUND_EXTENSIONS]
+    if bound:
+        faults.append(
+            FinalError(
+                f"{', '.join(bound)} can be made only in the one database that its server's settings name, not in one beside it",
+                next_step="leave this database out, and restore it by the set's RESTORE.md",
+            )
+        )
+    return faults

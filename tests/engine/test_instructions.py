@@ -14,7 +14,7 @@ import pytest
 
 from athena_backup.backup import Expected, close_set, put_component
 from athena_backup.instructions import _create_options
-from athena_backup.manifest import INSTRUCTIONS, DatabaseFacts, Manifest
+from athena_backup.manifest import INSTRUCTIONS, DatabaseFacts, Manifest, Server
 from athena_backup.names import SetId
 from athena_backup.operation import Operation
 from athena_backup.postgres.cut import hold_cut
@@ -204,6 +204,16 @@ def test_a_database_with_rules_and_a_tablespace_of_its_own_is_made_with_them() -
         owner="o", encoding="UTF8", collate="C", ctype="C", locale_provider="i", locale="en", icu_rules="&a < b",
         tablespace="fast disk",
     )  # fmt: skip
-    made = _create_options(facts)
+    made = _create_options(facts, None)
     assert "--icu-rules='&a < b'" in made
     assert "--tablespace='fast disk'" in made
+
+
+@pytest.mark.parametrize(("version", "is_named"), [(150_000, True), (140_000, False)])
+def test_a_database_of_libc_is_made_so_whatever_the_destination_makes_by_itself(version: int, is_named: bool) -> None:
+    """It would sort otherwise without a word; from an older server, createdb may be too old to be told."""
+    facts = DatabaseFacts.model_construct(
+        owner="o", encoding="UTF8", collate="C", ctype="C", locale_provider="c", locale=None, tablespace="pg_default"
+    )
+    made = _create_options(facts, Server.model_construct(version=version))
+    assert ("--locale-provider=libc" in made) == is_named

@@ -116,6 +116,20 @@ def test_an_extension_that_the_destination_lacks(make_database: Make, local_stor
     assert "postgis" in faults_of(component.model_copy(update={"database": facts}), database)
 
 
+def test_an_extension_that_can_be_made_only_in_a_database_of_its_name(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    """It has to be refused before anything is loaded, and where the way out is said."""
+    database = make_database("timed")
+    component = dump(database, local_store)
+    assert component.database is not None
+    extension = component.database.extensions[0].model_copy(update={"name": "pg_cron"})
+    facts = component.database.model_copy(update={"extensions": (extension,)})
+    said = faults_of(component.model_copy(update={"database": facts}), database)
+    assert "pg_cron can be made only in the one database" in said
+    assert "RESTORE.md" in said
+
+
 def test_a_session_that_an_ordinary_owner_may_not_end(
     make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
 ) -> None:
