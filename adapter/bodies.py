@@ -146,6 +146,7 @@ def restore_body(body: Body, own_namespace: str) -> RestoreBody:
     disabled, named = _services(services, body.faults)
     skip_before, skip_after = body.flag("disablePreRestoreChecks"), body.flag("disablePostRestoreChecks")
     report = body.flag("enableReportGeneration")
+    accepts_loss, allows_devices = body.flag("acceptMetadataLoss"), body.flag("allowDevices")
     body.finish()
     request = RestoreRequest(
         timestamp=timestamp or "",
@@ -153,6 +154,8 @@ def restore_body(body: Body, own_namespace: str) -> RestoreBody:
         skip=list(disabled),
         skip_health_check_before=skip_before,
         skip_health_check_after=skip_after,
+        accept_metadata_loss=accepts_loss,
+        allow_devices=allows_devices,
         report=report,
     )
     return RestoreBody(request, disabled, named)

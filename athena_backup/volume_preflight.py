@@ -5,8 +5,8 @@ what a file system, a mount or a container lets a process set can't be told from
 """
 
 import contextlib
+import errno
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable, Sequence
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
 from athena_backup.manifest import Component, VolumeFacts
+from athena_backup.mounts import mounts
 from athena_backup.volume_extract import OwnerMap
 from athena_backup.volume_staging import made_staging, told
 from athena_backup.volume_walk import STAGING_PREFIX
 
-_PROBE = b"probe"
+_PROBE, _LINK = b"probe", b"probe-link"
 _PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Values that the kernel takes: no capability at all (linux/capability.h, revision 2); an ACL that says what the mode says
 # (linux/posix_acl_xattr.h).
@@ -30,6 +31,8 @@ _ATTRIBUTES = {
     "trusted": ("trusted.athena-probe", b"1"),
     "user": ("user.athena-probe", b"1"),
 }
+
+_ADVICE = "run the restore as root on a file system that has them, or set acceptMetadataLoss in its request"
 
 
 def preflight_volume(
@@ -54,9 +57,10 @@ def preflight_volume(
                 return [FinalError(f"{root} is no directory", next_step="mount or make it, or correct ATHENA_VOLUMES")]
             faults = [*_mount_faults(root, facts), *_room_faults(root, *_need(component))]
             if facts.devices and not allow_devices:
-                advice = "allow device nodes in the restore if they are wanted"
+                advice = "set allowDevices in the restore's request if they are wanted"
                 faults.append(FinalError(f"the set holds {facts.devices} device nodes", next_step=advice))
             with made_staging(root, restore_id) as staging:
+                faults += _link_faults(root, staging)
                 if not accept_metadata_loss:
                     faults += _metadata_faults(staging, facts, owner_map or {})
     except AthenaError as error:
@@ -65,12 +69,10 @@ def preflight_volume(
 
 
 def mount_points(root: Path) -> list[str]:
-    """Where other file systems are mounted inside a directory (proc_pid_mountinfo(5)), as far as we can see."""
+    """Where other file systems are mounted inside a directory, as far as we can see."""
     own = os.path.realpath(root).rstrip("/") + "/"
     with told(root):
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    places = (re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines)
-    return [place for place in map(os.fsdecode, places) if place.startswith(own)]
+        return [mount.place for mount in mounts() if mount.place.startswith(own)]
 
 
 def _mount_faults(root: Path, facts: VolumeFacts) -> list[AthenaError]:
@@ -167,8 +169,7 @@ def _metadata_faults(staging: int, facts: VolumeFacts, owner_map: OwnerMap) -> l
         try:
             act(*values)
         except OSError as error:
-            advice = "run the restore as root on a file system that has them, map the owners, or accept the loss"
-            faults.append(DeniedError(f"{what} can't be set here: {error.strerror}", next_step=advice))
+            faults.append(DeniedError(f"{what} can't be set here: {error.strerror}", next_step=_ADVICE))
 
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_PROBE, dir_fd=staging)
@@ -186,16 +187,42 @@ def _metadata_faults(staging: int, facts: VolumeFacts, owner_map: OwnerMap) -> l
             attempt("set-id and sticky bits", os.fchmod, probe, 0o7755)
             # A bit that may not be set is left out without an error (chmod(2)).
             if not faults and os.fstat(probe).st_mode & 0o7000 != 0o7000:
-                faults.append(
-                    DeniedError("set-id and sticky bits can't be set here", next_step="run the restore as root")
-                )
-        # Of others (system.nfs4_acl, btrfs.compression) no value is known that any file may have.
+                faults.append(DeniedError("set-id and sticky bits can't be set here", next_step=_ADVICE))
         for kind in sorted(_ATTRIBUTES.keys() & set(facts.xattr_classes)):
             attempt(f"extended attributes of class {kind}", os.setxattr, probe, *_ATTRIBUTES[kind])
+        for kind in sorted(set(facts.xattr_classes) - _ATTRIBUTES.keys()):
+            faults += _class_faults(kind, probe)
     finally:
         os.close(probe)
         os.unlink(_PROBE, dir_fd=staging)
     return faults
+
+
+def _class_faults(kind: str, probe: int) -> list[AthenaError]:
+    """Of other attributes (system.nfs4_acl, btrfs.compression) no value is known that any file may have.
+
+    A file system that does not know them at all says so when they are asked for (getxattr(2), ENOTSUP).
+    """
+    try:
+        os.getxattr(probe, kind if "." in kind else f"{kind}.athena-probe")
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            what = f"extended attributes of class {kind} can't be set here: {error.strerror}"
+            return [DeniedError(what, next_step=_ADVICE)]
+    return []
+
+
+def _link_faults(root: Path, staging: int) -> list[AthenaError]:
+    """A switch keeps its state in symbolic links, which SMB shares and FAT do not have unless asked for."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_LINK, dir_fd=staging)
+    try:
+        os.symlink(_PROBE, _LINK, dir_fd=staging)
+    except OSError as error:
+        what = f"{root} takes no symbolic links, in which a restore keeps how far its switch is: {error.strerror}"
+        return [FinalError(what, next_step="mount it with them (SMB: mfsymlinks), or restore to another file system")]
+    os.unlink(_LINK, dir_fd=staging)
+    return []
 
 
 def _mapped(facts: VolumeFacts, owner_map: OwnerMap) -> tuple[set[int], set[int]]:

@@ -156,6 +156,11 @@ def restore(
     which: Annotated[str, typer.Argument(metavar="[NAMESPACE/]TIMESTAMP", help="The backup set.")],
     *,
     skip: Annotated[list[str] | None, typer.Option(help="A component to leave alone; may be repeated.")] = None,
+    accept_metadata_loss: Annotated[
+        bool,
+        typer.Option("--accept-metadata-loss", help="Restore even where owners, modes or attributes can't be set."),
+    ] = False,
+    allow_devices: Annotated[bool, typer.Option("--allow-devices", help="Make the device nodes of the set.")] = False,
     wait: Annotated[bool, typer.Option(help="Wait for the end and tell how it went.")] = True,
 ) -> int:
     """Overwrite this service's databases and volumes with a backup set, through the running service."""
@@ -172,7 +177,13 @@ def restore(
     unknown = unknown_names(skip or [], settings.component_names | {one.name for one in manifest.components})
     if unknown:
         raise FinalError(f"--skip: {unknown}", next_step="nothing was touched")
-    request = RestoreRequest(timestamp=str(set_id.timestamp), source_namespace=set_id.namespace, skip=skip or [])
+    request = RestoreRequest(
+        timestamp=str(set_id.timestamp),
+        source_namespace=set_id.namespace,
+        skip=skip or [],
+        accept_metadata_loss=accept_metadata_loss,
+        allow_devices=allow_devices,
+    )
     with get_client(sync_client=True) as client:
         run = start_restore(client, settings.athena_namespace, request)
     typer.echo(f"restore {run.set_id} started")

@@ -39,7 +39,9 @@ from flows.requests import BackupRequest
 from flows.runs import BACKUP, SKIPPED
 
 
-@flow(name=BACKUP, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
+@flow(
+    name=BACKUP, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot], on_cancellation=[free_slot]
+)
 def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B008 - Prefect shows the default in its form
     """Take a full backup of every configured database and volume into the configured store."""
     try:

@@ -37,7 +37,7 @@ STREAMS = 4
 streams: opened as for so many, both together took 211 MB for parts of any size, 319 MB as for two, and no less time."""
 
 
-@flow(name=COPY, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
+@flow(name=COPY, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot], on_cancellation=[free_slot])
 def copy(request: CopyRequest) -> State[Any]:
     """Copy a backup set into the store of a block, every byte checked; one that was broken off is completed."""
     try:

@@ -25,7 +25,9 @@ from flows.operating import SlotTakenError, Working, free_slot, operating, run_l
 from flows.runs import RECOVER, SKIPPED, start_recovery
 
 
-@flow(name=RECOVER, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot])
+@flow(
+    name=RECOVER, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot], on_cancellation=[free_slot]
+)
 def recover() -> State[Any]:
     """Finish or throw away what a killed restore left. Does no harm where nothing was left."""
     try:
@@ -82,6 +84,15 @@ def half_switched_volumes(settings: Settings) -> list[str]:
             if half_switched(volume.directory):
                 found.append(volume.name)
     return found
+
+
+def recover_after_kill(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook of the runner for a cancelled restore: one that did not end in its thirty seconds was killed, as in a crash."""
+    with get_client(sync_client=True) as client:
+        ended = client.read_flow_run(flow_run.id).state
+    if ended is None or not ended.is_final():  # by itself it would have said how
+        free_slot(flow, flow_run, state)
+        recover_after_crash(flow, flow_run, state)
 
 
 def recover_after_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -40,6 +40,11 @@ class RestoreRequest(BaseModel):
         default=False, description="Don't ask ATHENA_HEALTH_URLS before the restore."
     )
     skip_health_check_after: bool = Field(default=False, description="Don't ask ATHENA_HEALTH_URLS after the restore.")
+    accept_metadata_loss: bool = Field(
+        default=False,
+        description="Restore volumes even where owners, modes or attributes can't be set; what was lost is told.",
+    )
+    allow_devices: bool = Field(default=False, description="Make the device nodes that the set's volumes hold.")
     report: bool = Field(
         default=False, description="Write a report with the time that each component took, as an artifact."
     )

@@ -38,12 +38,18 @@ from flows.operating import (
     run_log,
     task_threads,
 )
-from flows.recovery import half_switched_volumes, recover_after_crash, recover_from_the_dead
+from flows.recovery import half_switched_volumes, recover_after_crash, recover_after_kill, recover_from_the_dead
 from flows.requests import RestoreRequest, unknown_names
 from flows.runs import RESTORE, SKIPPED
 
 
-@flow(name=RESTORE, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot, recover_after_crash])
+@flow(
+    name=RESTORE,
+    task_runner=task_threads(),
+    persist_result=False,
+    on_crashed=[free_slot, recover_after_crash],
+    on_cancellation=[recover_after_kill],
+)
 def restore(request: RestoreRequest) -> State[Any]:
     """Overwrite this service's databases and volumes with the state of a backup set. Use with extreme caution.
 
@@ -58,8 +64,8 @@ def restore(request: RestoreRequest) -> State[Any]:
             manifest = whole_manifest(working.store, working.set_id)
             chosen, faults = choose(manifest, request, working)
             faults += [fault for fault in unrecovered if fault.component in {one.name for one in chosen}]
-            faults = faults or preflight(chosen, working)
-            switched = [] if faults else stage_and_switch(chosen)
+            faults = faults or preflight(chosen, request, working)
+            switched = [] if faults else stage_and_switch(chosen, request)
             faults = faults or working.fault_list()
             discard_all(chosen, working)
             if not faults and not request.skip_health_check_after:
@@ -98,7 +104,7 @@ def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tup
     return chosen, faults
 
 
-def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
+def preflight(chosen: Sequence[Component], request: RestoreRequest, working: Working) -> list[Fault]:
     """Every fault that can be found before anything live is touched, of all components at once."""
     faults: list[Fault] = []
     for component in chosen:
@@ -108,7 +114,11 @@ def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
                 found = preflight_database(component, target, restore_id(working), working.settings.athena_pg_bin)
             else:
                 found = preflight_volume(
-                    component, volume_of(component.name, working.settings).directory, restore_id(working)
+                    component,
+                    volume_of(component.name, working.settings).directory,
+                    restore_id(working),
+                    allow_devices=request.allow_devices,
+                    accept_metadata_loss=request.accept_metadata_loss,
                 )
         except AthenaError as error:
             found = [error]
@@ -123,12 +133,14 @@ def preflight(chosen: Sequence[Component], working: Working) -> list[Fault]:
     return faults
 
 
-def stage_and_switch(chosen: Sequence[Component]) -> list[str]:
+def stage_and_switch(chosen: Sequence[Component], request: RestoreRequest) -> list[str]:
     """Stage every component beside the live one and switch it once it is proven; the names of those switched."""
     switches = {}
     for component in chosen:
         staged = stage.with_options(task_run_name=component.name, tags=[component.kind, "step:stage"]).submit(
-            component.name
+            component.name,
+            allow_devices=request.allow_devices,
+            accept_metadata_loss=request.accept_metadata_loss,
         )
         switches[component.name] = switch.with_options(
             task_run_name=component.name, tags=[component.kind, "step:switch"]
@@ -138,7 +150,7 @@ def stage_and_switch(chosen: Sequence[Component]) -> list[str]:
 
 
 @task(name="stage", **RETRYING)
-def stage(name: str) -> None:
+def stage(name: str, *, allow_devices: bool, accept_metadata_loss: bool) -> None:
     """Build one component beside the live one; what a failed try has built is thrown away at once."""
 
     def work(working: Working) -> None:
@@ -146,7 +158,14 @@ def stage(name: str) -> None:
         if component.kind == "volume":
             place = volume_of(name, working.settings).directory
             restored = stage_volume(
-                component, working.store, place, restore_id(working), working.operation, crew=working.crew
+                component,
+                working.store,
+                place,
+                restore_id(working),
+                working.operation,
+                crew=working.crew,
+                allow_devices=allow_devices,
+                accept_metadata_loss=accept_metadata_loss,
             )
             working.notes[name] = [f"could not be set here: {loss}" for loss in restored.losses]
             return

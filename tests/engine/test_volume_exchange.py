@@ -617,6 +617,32 @@ class TestPreflight:
         assert "2 device nodes" in fault.cause
         assert preflight_volume(wanting, live, RESTORE_ID, allow_devices=True) == []
 
+    def test_attributes_that_the_file_system_does_not_know_are_a_fault_unless_the_loss_is_accepted(
+        self, component: Component, live: Path
+    ) -> None:
+        """As of a volume that was on NFS or btrfs."""
+        assert component.volume is not None
+        wanted = {"xattr_classes": ("system.nfs4_acl", "system.posix_acl_access", "unheard-of", "user")}
+        wanting = component.model_copy(update={"volume": component.volume.model_copy(update=wanted)})
+        said = " ".join(str(fault) for fault in preflight_volume(wanting, live, RESTORE_ID))
+        assert "class system.nfs4_acl can't be set here" in said
+        assert "class unheard-of can't be set here" in said
+        assert "acceptMetadataLoss" in said
+        assert "posix_acl" not in said
+        assert preflight_volume(wanting, live, RESTORE_ID, accept_metadata_loss=True) == []
+
+    def test_a_file_system_without_symbolic_links_is_a_fault(
+        self, component: Component, live: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As an SMB share is: the switch would find it when the databases are switched already."""
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "symlink", refuse)
+        [fault] = preflight_volume(component, live, RESTORE_ID, accept_metadata_loss=True)
+        assert "takes no symbolic links" in fault.cause
+
     def test_a_mount_inside_is_a_fault_and_nothing_is_moved(
         self, component: Component, local_store: LocalStore, live: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

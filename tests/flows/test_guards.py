@@ -1,6 +1,8 @@
 """What keeps an operation from doing harm: the slot, names that nobody knows, the health of the destination's services."""
 
 import json
+import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,6 +101,28 @@ def test_one_that_is_not_healthy_afterwards_is_told_beside_what_was_restored(
     assert f"error checking health after the restore: not healthy after the restore: {health.shown}" in status
     assert "; restored: asp gogs edweb gitserver" in status
     assert file.read_text() == "content of gitserver"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make devices")
+def test_what_a_restore_does_by_request_only_is_refused_with_the_request_s_own_word(
+    service: Service, timestamp: str, health: Health
+) -> None:
+    health.is_well = True
+    device = Path(json.loads(service.environment["ATHENA_VOLUMES"])["edweb"]) / "null"
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    with_device, status = service.back_up()
+    assert status == "Success"
+    device.unlink()
+    assert "the set holds 1 device nodes (set allowDevices in the restore's request" in service.restore(with_device)
+    assert service.restore(with_device, allowDevices=True, acceptMetadataLoss=True) == "Success"
+    assert device.is_char_device()
+    [run] = service.prefect("POST", "/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    assert run["parameters"]["request"]["accept_metadata_loss"] is True
+    device.unlink()
+    ended = service.command("restore", with_device, "--allow-devices", "--accept-metadata-loss", "--skip", "postgres")
+    assert ended.returncode == 0, ended
+    assert device.is_char_device()
+    device.unlink()
 
 
 def test_the_health_checks_can_be_left_out(service: Service, timestamp: str, file: Path, health: Health) -> None:

@@ -40,14 +40,14 @@ def is_switching(directory: Path) -> bool:
     return any(os.path.lexists(directory / name / "state") for name in staging)
 
 
-def kill_inside_the_switch(service: Service, timestamp: str) -> None:
-    """Start a restore and kill its process while entries of the volume are on their way."""
+def kill_inside_the_switch(service: Service, timestamp: str, sig: signal.Signals = signal.SIGKILL) -> None:
+    """Start a restore and kill (or stop) its process while entries of the volume are on their way."""
     body = json.dumps({"timestamp": timestamp, "sourceNamespace": "app"})
     assert service.call("POST", "/ondemandrestore", body).status_code == 202
     deadline = time.monotonic() + 60
     while not is_switching(volume(service)):
         assert time.monotonic() < deadline, "the switch did not begin"
-    os.kill(service.pid_of("prefect.engine"), signal.SIGKILL)
+    os.kill(service.pid_of("prefect.engine"), sig)
     assert is_switching(volume(service)), "the switch was over before it was killed"
 
 
@@ -80,6 +80,22 @@ def test_a_restore_killed_inside_a_switch_is_finished_without_anyones_help(
     asked = json.dumps({"timestamp": timestamp})
     await_true(lambda: "ongoing" not in service.status("/restore/status", asked), "the death is seen", 60)
     assert service.status("/restore/status", asked).startswith("error running the restore: ")
+    await_next_backup(service)
+
+
+def test_a_cancelled_restore_that_is_killed_inside_a_switch_is_finished_too(
+    service: Service, backed_up: tuple[str, set[str]]
+) -> None:
+    """As one whose switch takes longer than the thirty seconds that a runner waits: this one does not go on at all."""
+    timestamp, wanted = backed_up
+    kill_inside_the_switch(service, timestamp, signal.SIGSTOP)
+    running = {"state": {"type": {"any_": ["RUNNING"]}}}
+    [run] = service.prefect("POST", "/flow_runs/filter", {"flow_runs": running})
+    cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+    service.prefect("POST", f"/flow_runs/{run['id']}/set_state", cancelling)
+    await_true(lambda: names(volume(service)) == wanted, "the volume is wholly at the backup", 120)
+    asked = json.dumps({"timestamp": timestamp, "sourceNamespace": "app"})
+    await_true(lambda: service.status("/restore/status", asked) == "Cancelled", "the run's end", 60)
     await_next_backup(service)
 
 
