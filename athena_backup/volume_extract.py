@@ -6,7 +6,6 @@ below the staging folder by the kernel (openat2(2)), nothing is followed, nothin
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 import threading
@@ -22,7 +21,8 @@ from athena_backup.manifest import Component
 from athena_backup.operation import Operation
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
-from athena_backup.volume_hand import FOLDER_FLAGS, Hand, Hands, told, twice
+from athena_backup.volume_folders import Folders
+from athena_backup.volume_hand import FOLDER_FLAGS, Hand, Hands, told
 from athena_backup.volume_latency import Helpers
 from athena_backup.volume_pax import SYMLINK, Member
 from athena_backup.volume_read import Receiver, read_archives
@@ -157,7 +157,7 @@ class Tree:
         self.allow_devices = allow_devices
         self._symlinks: list[tuple[bytes, Member]] = []
         self._hard_links: list[tuple[bytes, bytes]] = []
-        self._directories: dict[bytes, Member] = {}
+        self._folders = Folders()
         self._made_folders = 1  # the root
         self._lock = threading.Lock()
 
@@ -215,9 +215,7 @@ class Tree:
     def note_directory(self, path: bytes, member: Member) -> None:
         """Note what a folder is to look like in the end; raises for a second opinion."""
         with self._lock:
-            if path in self._directories:
-                raise twice(path)
-            self._directories[path] = member
+            self._folders.add(path, member)
 
     def make_folder(self, parent: int, name: bytes) -> None:
         """Make a folder in an open one, unless it is there."""
@@ -233,15 +231,14 @@ class Tree:
             for path, member in self._symlinks:
                 self._check()
                 hands.do(partial(Hand.make_symlink, path=path, member=member))
-        if len(self._directories) != self._made_folders:
+        if len(self._folders) != self._made_folders:
             raise DamagedError("the archive holds entries in folders that are no members of it")
-        by_depth = sorted(self._directories, key=_depth, reverse=True)
-        for _, paths in itertools.groupby(by_depth, key=_depth):
+        for paths in self._folders.deepest_first():
             # Whoever may not enter a folder any more has no business below it.
             with self._hands() as hands:
                 for path in paths:
                     self._check()
-                    hands.do(partial(Hand.dress_folder, path=path, member=self._directories[path]))
+                    hands.do(partial(Hand.dress_folder, path=path, member=self._folders.of(path)))
 
     def _make_hard_links(self, hand: Hand) -> None:
         """Each as soon as its target is there, which may be such a link itself; raises `DamagedError` where one never is."""
@@ -261,7 +258,3 @@ class Tree:
                 made.append(path)
         for target, paths in waiting.items():
             raise DamagedError(f"{shown(paths[0])} is a hard link to {shown(target)}, which is not there")
-
-
-def _depth(path: bytes) -> int:
-    return path.count(b"/") if path else -1

@@ -1,0 +1,53 @@
+"""What a restore remembers of folders: as they were, the deepest first, and so little that millions fit into a small pod."""
+
+import tracemalloc
+
+import pytest
+
+from athena_backup.errors import DamagedError
+from athena_backup.volume_folders import Folders
+from athena_backup.volume_pax import DIRECTORY, Member
+
+FOLDERS = 20_000
+
+
+def folder(number: int) -> Member:
+    name = f"repositories/repository-{number // 256:05}.git/objects/{number % 256:02x}".encode()
+    return Member(name, DIRECTORY, 0o2755, 1000 + number, 1001, 1_700_000_000_123_456_789 + number)
+
+
+def test_every_folder_comes_back_as_it_was() -> None:
+    usual = folder(1)
+    unusual = [
+        Member(b"with/attributes", DIRECTORY, 0o700, 0, 0, 0, xattrs={"user.a": b"1"}),
+        Member(b"before/1970", DIRECTORY, 0o700, 2**32 - 2, 0, -1),
+        Member(b"after/2262", DIRECTORY, 0o700, 0, 0, 2**64),
+        Member(b"of/nobody", DIRECTORY, 0o700, 2**40, 0, 0),
+    ]
+    folders = Folders()
+    for member in (usual, *unusual):
+        folders.add(member.name, member)
+    assert [folders.of(member.name) for member in (usual, *unusual)] == [usual, *unusual]
+    with pytest.raises(DamagedError, match="with/attributes"):
+        folders.add(b"with/attributes", usual)
+
+
+def test_the_deepest_come_first_and_the_root_last() -> None:
+    folders = Folders()
+    for name in (b"", b"a", b"a/b", b"c", b"a/b/c", b"c/d"):
+        folders.add(name, Member(name, DIRECTORY, 0o700, 0, 0, 0))
+    assert [sorted(paths) for paths in folders.deepest_first()] == [[b"a/b/c"], [b"a/b", b"c/d"], [b"a", b"c"], [b""]]
+
+
+def test_a_folder_takes_few_bytes() -> None:
+    """A million of them was more than half of what a whole operation may take."""
+    folders = Folders()
+    tracemalloc.start()
+    try:
+        for number in range(FOLDERS):
+            member = folder(number)
+            folders.add(member.name, member)
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken_bytes / FOLDERS < 300
