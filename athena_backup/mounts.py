@@ -17,8 +17,15 @@ class Mount:
 
 def mounts() -> list[Mount]:
     """All of them, a later one over an earlier one at the same place. Raises `OSError`."""
-    lines = (line.split() for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
-    return [Mount(os.fsdecode(words[2]), _decoded(words[3]), _decoded(words[4])) for words in lines]
+    return [parse(line) for line in Path("/proc/self/mountinfo").read_bytes().splitlines()]
+
+
+def parse(line: bytes) -> Mount:
+    """One line of the list. NFS shows every folder of an export as its root; which one it is stands in the mount's source."""
+    words = line.split()
+    separator = words.index(b"-", 6)
+    root = words[separator + 2] if words[separator + 1] in (b"nfs", b"nfs4") else words[3]
+    return Mount(os.fsdecode(words[2]), _decoded(root), _decoded(words[4]))
 
 
 def _decoded(word: bytes) -> str:

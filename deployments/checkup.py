@@ -174,14 +174,22 @@ def _holds_data_directory(place: Path) -> bool:
 
 def _overlap(one: Path, other: Path, seen: list[Mount]) -> bool:
     """By their paths, and by what lies there: a bind mount, or a disk's ``subPath``, is the same files by another path."""
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        return True
+    return _holds_by_another_path(one, other, seen) or _holds_by_another_path(other, one, seen)
+
+
+def _holds_by_another_path(one: Path, other: Path, seen: list[Mount]) -> bool:
     origins = origin(one, seen), origin(other, seen)
-    if origins[0] is not None and origins[1] is not None and origins[0][0] == origins[1][0]:
-        return _contain(one, other) or _contain(origins[0][1], origins[1][1])
-    return _contain(one, other)
-
-
-def _contain(one: Path, other: Path) -> bool:
-    return one.is_relative_to(other) or other.is_relative_to(one)
+    if origins[0] is None or origins[1] is None or origins[0][0] != origins[1][0]:
+        return False
+    if not origins[1][1].is_relative_to(origins[0][1]):
+        return False
+    try:
+        # No file system's list of mounts is believed alone.
+        return (one / origins[1][1].relative_to(origins[0][1])).samefile(other)
+    except OSError:  # one is not there yet
+        return True
 
 
 def _schedule_findings(settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 from own_mounts import in_own_mounts, mount, tmpfs
 
+from athena_backup.mounts import Mount, origin, parse
 from athena_backup.settings import Settings
+from deployments import checkup
 from deployments.checkup import overlaps
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+by_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 
 
 def settings(home: Path, **volumes: Path) -> Settings:
     return Settings(athena_home=home, athena_volumes=volumes)
 
 
+@by_root
 def test_a_folder_of_a_volume_that_is_mounted_elsewhere_is_no_place_for_the_store(tmp_path: Path) -> None:
     """As by ``subPath`` of one disk: the backup would hold itself, and a restore would remove every set."""
 
@@ -37,6 +40,25 @@ def test_a_folder_of_a_volume_that_is_mounted_elsewhere_is_no_place_for_the_stor
     in_own_mounts(work)
 
 
+def test_two_folders_of_one_nfs_export_are_two_and_one_in_the_other_is_seen(tmp_path: Path) -> None:
+    """Every mount of NFS shows its folder as the root of its file system, and those of one server share its number."""
+    line = "36 35 0:52 / {} rw,relatime shared:1 - nfs4 nas:/export/{} rw,vers=4.2"
+    seen = [parse(line.format(place, folder).encode()) for place, folder in (("/a", "a"), ("/b", "b"), ("/in", "a/in"))]
+    assert origin(Path("/a/x"), seen) == ("0:52", Path("nas:/export/a/x"))
+    assert origin(Path("/b"), seen) == ("0:52", Path("nas:/export/b"))
+    assert origin(Path("/in"), seen) == ("0:52", Path("nas:/export/a/in"))
+
+
+def test_what_a_list_of_mounts_says_is_not_believed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may show each of its folders as its root, as NFS does."""
+    volumes = {name: tmp_path / name for name in ("one", "two")}
+    for place in volumes.values():
+        place.mkdir()
+    monkeypatch.setattr(checkup, "mounts", lambda: [Mount("0:52", "/", str(place)) for place in volumes.values()])
+    assert overlaps(settings(tmp_path / "home", **volumes), None) == []
+
+
+@by_root
 def test_one_folder_is_no_two_volumes_by_whatever_paths(tmp_path: Path) -> None:
     def work() -> None:
         disk = tmpfs(tmp_path / "disk", "size=1m")
