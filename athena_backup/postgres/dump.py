@@ -68,6 +68,7 @@ _KNOWN_WARNINGS: tuple[tuple[re.Pattern[str], bool], ...] = (
     (re.compile(r"^pg_dump: warning: subscriptions not dumped because current user is not a superuser$"), True),
     (re.compile(r"^pg_dump: warning: there are circular foreign-key constraints"), False),
     (re.compile(r"^pg_dump: warning: could not resolve dependency loop"), False),
+    (re.compile(r'^WARNING:  database ".*" has a collation version mismatch$'), False),
     (re.compile(r"^(pg_dump: (detail|hint): |DETAIL:  |HINT:  )"), False),
 )
 
@@ -168,7 +169,7 @@ def write_database(
         # counted it needs a slot, the first.
         Unit(
             small_bytes + 2 * _CATALOGS_BYTES,
-            lambda _: read_facts(held, operation, [table for table in tables if table.oid not in bulk_oids]),
+            lambda _: read_facts(held, operation, client, [one for one in tables if one.oid not in bulk_oids]),
             rank=_FIRST_RANK,
             needs_slot=not bulk or small_bytes > _LIGHT_BYTES,
         ),
