@@ -7,12 +7,14 @@ read every catalog that is asked here.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy
 from sqlalchemy import Connection, text
 
 from athena_backup.manifest import DatabaseFacts, Extension, Label, Role, SequenceState, Setting, TableCount
 from athena_backup.operation import Operation
+from athena_backup.postgres.clients import client_version
 from athena_backup.postgres.collations import collations_of
 from athena_backup.postgres.held import Held, lost_holder, snapshot_session
 from athena_backup.postgres.session_settings import COUNTING_SETTINGS
@@ -61,11 +63,13 @@ _BOOTSTRAP_OWNS = " OR ".join(
         ("pg_default_acl", "defaclrole"),
     )
 )
-# `public` is initdb's, and is dumped with its owner and rights where they are not a new server's (since version 15 another's).
+_OWNER_OF_PUBLIC_SINCE = 150_000
+# `public` is initdb's. Since version 15 pg_dump writes who owns it where that is not whom a new server's belongs to.
 _BOOTSTRAP_HAS_PUBLIC = (
     "EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname OPERATOR(pg_catalog.=) 'public'"
-    " AND (n.nspowner OPERATOR(pg_catalog.=) CAST(10 AS oid) OR EXISTS (SELECT FROM pg_catalog.aclexplode(n.nspacl) a"
-    " WHERE a.grantee OPERATOR(pg_catalog.=) CAST(10 AS oid))))"
+    " AND (:names_owner_of_public AND n.nspowner OPERATOR(pg_catalog.=) CAST(10 AS oid)"
+    " OR EXISTS (SELECT FROM pg_catalog.aclexplode(n.nspacl) a WHERE a.grantee OPERATOR(pg_catalog.=) CAST(10 AS oid)"
+    " AND a.grantee OPERATOR(pg_catalog.<>) n.nspowner)))"
 )
 # What is granted to it or by it, and the policies and user mappings that name it.
 _BOOTSTRAP_IS_NAMED = " OR ".join(
@@ -128,9 +132,10 @@ class TableSize:
     """Without its indexes."""
 
 
-def read_facts(held: Held, operation: Operation, counted: Sequence[TableSize]) -> DatabaseFacts:
+def read_facts(held: Held, operation: Operation, client: Path, counted: Sequence[TableSize]) -> DatabaseFacts:
     """All facts but the dump's own (its warnings, ``sequences``, ``dump_version``), under the snapshot of the cut.
 
+    ``client`` is the `pg_dump` that is used: what it writes differs with its version, and so whom its dump names.
     Rows are counted of the tables in ``counted``; those of others are left for `with_dump` to tell. Raises the driver's errors
     translated; a table hidden by row-level security is an error, never a lower count.
     """
@@ -138,6 +143,7 @@ def read_facts(held: Held, operation: Operation, counted: Sequence[TableSize]) -
     with translating(held, operation), held.reader_lock, cancelled_with(held.reader, operation):
         reader = held.reader
         database = _database_row(reader, held.identity.version)
+        whom = {"names_owner_of_public": client_version(client) >= _OWNER_OF_PUBLIC_SINCE}
         return DatabaseFacts(
             server=held.server.number if held.server else 0,
             database=held.database.database,
@@ -145,7 +151,7 @@ def read_facts(held: Held, operation: Operation, counted: Sequence[TableSize]) -
             **database,
             labels=_labels(reader, held.oid),
             settings=_settings(reader, held.oid),
-            roles=tuple(Role.model_validate(dict(row._mapping)) for row in reader.execute(_ROLES)),  # noqa: SLF001 - its API
+            roles=tuple(Role.model_validate(dict(row._mapping)) for row in reader.execute(_ROLES, whom)),  # noqa: SLF001 - its API
             collations=collations_of(reader),
             tablespaces=_tablespaces(reader),
             tables=counts,
