@@ -6,6 +6,7 @@ taken again until they are equal: then no transaction lies between them.
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,18 +193,28 @@ def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) 
 
 
 def _refuse_twins(opening: _Opening) -> None:
-    seen: dict[tuple[object, ...], str] = {}
-    for name, held in list(opening.held.items()):
-        one = held.identity
-        server = (one.system_identifier,) if one.system_identifier else (one.address, one.port, one.started)
-        twin = seen.setdefault((*server, held.oid), name)
-        if twin != name:
-            for each in (twin, name):
-                opening.faults[each] = FinalError(
-                    f"components {twin} and {name} are one and the same database",
-                    next_step="remove one from ATHENA_DATABASES",
-                )
-                _let_go(opening, each)
+    twins = [
+        names
+        for names in itertools.combinations(opening.held, 2)
+        if _are_one_database(*(opening.held[name] for name in names))
+    ]
+    for names in twins:
+        for each in names:
+            opening.faults[each] = FinalError(
+                f"components {' and '.join(names)} are one and the same database",
+                next_step="remove one from ATHENA_DATABASES",
+            )
+            _let_go(opening, each)
+
+
+def _are_one_database(one: Held, other: Held) -> bool:
+    """By the server's own identifier, or where a role of one of them may not read it by address and start time."""
+    server, its = one.identity, other.identity
+    if server.system_identifier and its.system_identifier:
+        is_one_server = server.system_identifier == its.system_identifier
+    else:
+        is_one_server = (server.address, server.port, server.started) == (its.address, its.port, its.started)
+    return is_one_server and one.oid == other.oid
 
 
 def _by_server(all_held: Sequence[Held]) -> list[list[Held]]:

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from uuid import uuid4
 
 import psycopg
@@ -14,6 +15,7 @@ from relays import refusing_pooler, relayed
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.operation import Operation
 from athena_backup.postgres import cut as cut_module
+from athena_backup.postgres import held as held_module
 from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.embedded import EmbeddedServer
 from athena_backup.postgres.held import Held
@@ -198,6 +200,33 @@ def test_two_components_that_are_one_database_are_refused(postgres: EmbeddedServ
         with hold_cut([database, twin], Operation()) as cut:
             assert set(cut.faults) == {database.name, "twin"}
             assert "twin" in str(cut.faults[database.name])
+
+
+def test_twins_are_found_though_one_of_their_roles_may_not_read_the_control_file(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [database]:
+        with connected(postgres, database.database) as inside:
+            inside.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC; CREATE ROLE humble LOGIN")
+        try:
+            twin = Database("twin", database.url.set(username="humble"))
+            with hold_cut([twin], Operation()) as cut:
+                [server] = cut.servers
+                assert server.system_identifier is None
+            with hold_cut([database, twin], Operation()) as cut:
+                assert set(cut.faults) == {database.name, "twin"}
+        finally:
+            with connected(postgres, "postgres") as admin:
+                admin.execute("DROP ROLE humble")
+
+
+def test_equal_snapshots_of_a_standby_are_not_called_exact(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = held_module.identity
+    monkeypatch.setattr(held_module, "identity", lambda session: replace(real(session), in_recovery=True))
+    with made_databases(postgres, 2) as databases, hold_cut(databases, Operation()) as cut:
+        [server] = cut.servers
+        assert server.in_recovery
+        assert not server.exact
 
 
 @pytest.mark.parametrize("which", ["locks", "reader"])
