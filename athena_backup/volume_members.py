@@ -7,6 +7,7 @@ listed as torn ("volumes", section 1); the headers themselves are `volume_pax`.
 import errno
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,8 @@ REREAD_LIMIT_BYTES = 8 << 20
 """A file up to this size is read into memory, so that it can be read again if it changed; a larger one is torn at once."""
 _READS = 3
 _CHUNK_BYTES = FRAME_BYTES  # so that a frame is made of one read, without a copy
+_COMPLETE_LIMIT = 100_000
+"""Inodes of which every name was met that are remembered all the same: of millions all would take a gigabyte."""
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 
 _Segments = Sequence[tuple[int, int]]
@@ -40,7 +43,11 @@ class Members:
     gids: set[int] = field(default_factory=set)
     xattr_classes: set[str] = field(default_factory=set)
     links: dict[tuple[int, int], tuple[bytes, int, int, int]] = field(default_factory=dict)
-    """Of every inode that has more names to come: the first one, the size and time that it had, and how many are to come."""
+    """Of inodes with several names: the first one, the size and time that it had, and how many are to come.
+
+    Those of which none is to come are kept for a while only: a name that is made, or moved, during the walk may yet be met.
+    """
+    _complete: deque[tuple[int, int]] = field(default_factory=deque)
 
     def pieces(self, entry: Entry) -> Iterator[bytes]:
         """The bytes of one entry's member, none if it is gone; raises `FinalError` if it can't be read."""
@@ -94,11 +101,7 @@ class Members:
                 first = self.links.get(inode)
                 # A deleted file's inode is given to the next one: the number alone does not make it the same file.
                 if first is not None and first[1:3] == (status.st_size, status.st_mtime_ns):
-                    # Millions of them would be kept in memory for nothing.
-                    if first[3] > 1:
-                        self.links[inode] = (*first[:3], first[3] - 1)
-                    else:
-                        del self.links[inode]
+                    self._count_down(inode, first)
                     member = member_of(entry.path, status, link=first[0])
                     yield self._counted(replace(member, type=HARD_LINK, size_bytes=0, stored_bytes=0))
                     return
@@ -109,6 +112,14 @@ class Members:
             yield from self._content(entry, descriptor, status)
         finally:
             os.close(descriptor)
+
+    def _count_down(self, inode: tuple[int, int], first: tuple[bytes, int, int, int]) -> None:
+        """Note that one more name of an inode was met."""
+        self.links[inode] = (*first[:3], first[3] - 1)
+        if first[3] == 1:
+            self._complete.append(inode)
+            if len(self._complete) > _COMPLETE_LIMIT:
+                self.links.pop(self._complete.popleft(), None)
 
     def _content(self, entry: Entry, descriptor: int, status: os.stat_result) -> Iterator[bytes]:
         for _ in range(_READS):
