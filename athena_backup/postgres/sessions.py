@@ -59,8 +59,13 @@ _LIBPQ_VARIABLES = {
 # What libpq, or a library that it uses, looks up by itself beside them. Not a service: its host would go before the URL's,
 # which a child has from its environment too.
 _INHERITED = frozenset(
-    {*_LIBPQ_VARIABLES.values(), "HOME", "KRB5CCNAME", "KRB5_CONFIG", "PGPASSWORD", "PGSERVICEFILE", "PGUSER"}
-) - {"PGSERVICE"}
+    {
+        *(variable for variable in _LIBPQ_VARIABLES.values() if variable != "PGSERVICE"),
+        *("HOME", "PGPASSWORD", "PGSERVICEFILE", "PGUSER"),
+        *("KRB5CCNAME", "KRB5_CLIENT_KTNAME", "KRB5_CONFIG", "KRB5_KTNAME"),
+        *("OPENSSL_CONF", "SSL_CERT_DIR", "SSL_CERT_FILE"),
+    }
+)
 # What `session` and `libpq_environment` set themselves, whatever a URL says.
 _OURS = frozenset(
     {

@@ -461,3 +461,12 @@ def test_indexes_that_wait_for_each_others_locks_are_made_again(
     restore(component, database, local_store, jobs=2, soon_bytes=0)
     assert failures == []
     assert stock_dump(database.url, "--schema-only") == before
+
+
+def test_rows_that_one_session_loads_are_written_as_frozen(make_database: Make, local_store: LocalStore) -> None:
+    """Else whoever reads them first, or the next vacuum, would write them all a second time."""
+    database = make_database("frozen", "CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i")
+    restore(dump(database, local_store, **ALL_BY_COPY), database, local_store, jobs=1)
+    # By the map of visible pages, as ANALYZE counts it.
+    [(visible, pages)] = rows(database, "SELECT relallvisible, relpages FROM pg_class WHERE relname = 't'")
+    assert 0 < pages == visible

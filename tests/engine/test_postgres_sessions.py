@@ -20,6 +20,7 @@ from athena_backup.postgres.cut import hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.embedded import EmbeddedServer, binaries
 from athena_backup.postgres.preflight import preflight_database
+from athena_backup.postgres.session_settings import READING_SETTINGS
 from athena_backup.postgres.sessions import (
     Database,
     ServerIdentity,
@@ -187,3 +188,18 @@ def test_a_server_that_is_too_old_is_refused_by_name() -> None:
     refuse_older(130_000)
     with pytest.raises(FinalError, match="the server is PostgreSQL 12, 13 is the oldest"):
         refuse_older(120_022)
+
+
+def test_what_a_database_is_set_to_cuts_no_read_off(postgres: EmbeddedServer) -> None:
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE DATABASE impatient")
+    try:
+        with session(postgres.url()) as connection:
+            for setting in ("statement_timeout = '1h'", "lock_timeout = '1h'", "synchronize_seqscans = on"):
+                run_sql(connection, f"ALTER DATABASE impatient SET {setting}")
+        with session(postgres.url("impatient")) as connection:
+            for name in ("statement_timeout", "lock_timeout", "synchronize_seqscans"):
+                assert run_sql(connection, f"SHOW {name}").scalar_one() == READING_SETTINGS[name]
+    finally:
+        with session(postgres.url()) as connection:
+            run_sql(connection, "DROP DATABASE impatient WITH (FORCE)")
