@@ -22,7 +22,7 @@ class Folders:
         return len(self._looks)
 
     def add(self, path: bytes, member: Member) -> None:
-        """Note what a folder is to look like; raises `DamagedError` for a second opinion."""
+        """Note what a folder is to look like; raises `FinalError` for a second opinion."""
         if path in self._looks:
             raise twice(path)
         self._looks[path] = _packed(member)

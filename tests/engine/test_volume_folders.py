@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from athena_backup.errors import DamagedError
+from athena_backup.errors import FinalError
 from athena_backup.volume_folders import Folders
 from athena_backup.volume_pax import DIRECTORY, Member
 
@@ -28,7 +28,7 @@ def test_every_folder_comes_back_as_it_was() -> None:
     for member in (usual, *unusual):
         folders.add(member.name, member)
     assert [folders.of(member.name) for member in (usual, *unusual)] == [usual, *unusual]
-    with pytest.raises(DamagedError, match="with/attributes"):
+    with pytest.raises(FinalError, match="with/attributes"):
         folders.add(b"with/attributes", usual)
 
 
