@@ -25,13 +25,14 @@ from benchmarks.ours import JOBS, Ours, OursFailedError, Service, running_servic
 from benchmarks.physical_peers import encrypted_s3, physical_peers
 from benchmarks.results import LIMIT, Limit, Results, Run, Verb
 from benchmarks.servers import Cluster, running_cluster
-from benchmarks.subjects import Subject, database_subject, local_store, s3_store, volume_subject
+from benchmarks.subjects import Subject, database_subject, local_store, s3_store, set_subject, volume_subject
 from benchmarks.volume_data import LargeFiles, SmallFiles, Volume
 from benchmarks.volume_peers import volume_peers
 from deployments.embedded_stores import embedded_s3
 
 OURS, OURS_S3, OURS_OVER = "ours", "ours (S3)", "ours, over the living"
 DATABASES, LARGE_FILES, SMALL_FILES = "databases", "large files", "small files"
+SET = "five databases and five volumes"
 GROWTH_UNITS = (1, 4, 16)
 ALL_JOBS = (1, 2, 4, 8)
 _REST_SECONDS = 20
@@ -40,6 +41,8 @@ _INODES_SECONDS = 61
 many files after the removal of as many ten times its own time (`recently_deleted` in Linux's fs/ext4/ialloc.c).
 """
 _READ_BYTES = 1 << 20
+_PARTS = 5
+"""Databases, and volumes, of a whole set, as a platform has them."""
 
 
 def growth_case(units: int) -> str:
@@ -323,6 +326,34 @@ def jobs(bench: Bench) -> None:
         bench.compete("jobs", all_ours, partial(bench.settled, cluster))
 
 
+def whole_set(bench: Bench) -> None:
+    """Five databases and five volumes in one set: they share the cores, the memory and the connections of one operation."""
+    asked = Bulk(1, bench.size.rows)
+    large, small = LargeFiles(4, max(1, bench.size.large.size_mib // 8)), SmallFiles(bench.size.small.files // 5)
+    with contextlib.ExitStack() as stack:
+        cluster, before = stack.enter_context(bench.cluster(asked))
+        place = stack.enter_context(bench.place())
+        folder = place.fresh("volumes")
+        volumes = {folder / f"volume{number}": large if number < 2 else small for number in range(_PARTS)}
+        for volume, contents in volumes.items():
+            volume_data.build(volume, contents)
+        databases = [f"{DATABASE}{number}" for number in range(_PARTS)]
+        for name in databases:
+            cluster.drop(name)
+            stack.callback(cluster.drop, name)
+            cluster.copy(DATABASE, name)
+        subject = set_subject(
+            cluster,
+            dict.fromkeys(databases, before),
+            {volume: volume_data.fingerprint(volume) for volume in volumes},
+        )
+        bench.compete(
+            SET,
+            [ours(bench, OURS, subject, None), ours(bench, OURS_S3, subject, place.bucket)],
+            partial(bench.settled, cluster),
+        )
+
+
 def volumes(bench: Bench) -> None:
     """Few large files, and many small ones."""
     for case, asked in ((LARGE_FILES, bench.size.large), (SMALL_FILES, bench.size.small)):
@@ -367,4 +398,5 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "growth": growth,
     "tables": tables,
     "jobs": jobs,
+    "set": whole_set,
 }

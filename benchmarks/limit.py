@@ -1,4 +1,4 @@
-"""The limit that no backup on this machine can pass: COPY's own CPU in the server, zstd 1 of its bytes, and loopback.
+"""The limit that no backup that reads in the same form can pass: COPY's CPU in the server, zstd 1 of its bytes, and loopback.
 
 Each piece is measured alone; the limit is their sum over the cores. COPY goes to /dev/null by psql on two connections, every
 table in one piece. What a set needs besides (its hashes, an S3 server that takes the bytes in on the same

@@ -1,5 +1,6 @@
 """RESULTS.md, written from what was measured; no number in it is put there by hand."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,16 +11,16 @@ from benchmarks.cases import (
     LARGE_FILES,
     OURS,
     OURS_S3,
+    SET,
     SMALL_FILES,
     growth_case,
     jobs_name,
 )
 from benchmarks.dump_peers import DIRECTORY_ZSTD
 from benchmarks.measuring import Usage
-from benchmarks.results import LIMIT, Results, Run, Verb, cores, median
+from benchmarks.results import LIMIT, VERBS, Results, Run, Verb, cores, median
 from benchmarks.targets import target_rows
 
-_VERBS: tuple[Verb, ...] = ("backup", "restore")
 _BUSY = 0.85
 
 
@@ -43,12 +44,14 @@ def _lines(results: Results) -> Iterator[str]:
     yield ""
     yield from _table("Targets", ("what", "measured", "allowed", ""), target_rows(results))
     for case in (DATABASES, LARGE_FILES, SMALL_FILES):
-        for verb in _VERBS:
+        for verb in VERBS:
             yield from _contenders(results, case, verb)
-    yield from _table("Growth", ("what", "backup s", "restore s", "zstd peer: backup s", "restore s"), _growth(results))
+    yield from _table("Growth", _GROWTH_HEAD, _growth(results))
     yield from _table(
         "Jobs", ("ATHENA_JOBS", "backup s", "restore s", "backup peak MiB", "restore peak MiB"), _jobs(results)
     )
+    for verb in VERBS:
+        yield from _contenders(results, SET, verb)
     yield from _bounds(results)
     yield from _rest(results)
     yield from _failures(results)
@@ -56,21 +59,22 @@ def _lines(results: Results) -> Iterator[str]:
 
 _HOW = [
     (
-        "In each round every contender has its turn, in rotated order: checkpoint, sync, backup, checkpoint, sync, restore,"
-        " comparison of what came back (every row or file by hash); a backup counts where that found no difference. A time of"
-        " ours is that of Prefect's flow run, from Running to its end, by the API of the service; a peer's is that of its"
-        " command. CPU: of the client's processes, of the PostgreSQL server (log archiver included), and of others: the S3"
-        " server, and our standing service. Memory is the peak of the client's process tree (PSS); of ours, that of the flow"
-        " run's process and its children. Ours uses the first fitting `pg_dump` that it finds, the server's own version; its"
-        " restores include making the database, ANALYZE and the switch. The peers' database is restored into an empty one that"
-        " was made before; ours where there is none, and once more over the living one, which it then removes. A volume of"
-        " ours always is restored over the living one, which it then removes; the peers' into an empty folder. What is read,"
-        " the backup included, lies in the page cache before, unless it is emptied. Backups of ours and of pg_dump are synced,"
-        " and restores of ours; those of `tar | zstd` are not. Physical peers copy the whole cluster, indexes included. What"
-        " S3 is: SeaweedFS by plain http, with TLS for pgBackRest, which speaks nothing else. Our service runs in its own"
-        " turns only, each time started anew on an empty home. The limits are measured in each round; of every piece the"
-        " median counts. Before each turn with the small files, and each restore of many tables, the machine rests for 61 s:"
-        " for so long after files were deleted ext4 without a journal is slow to make others, by whomever."
+        "In each round every contender has its turn, in rotated order: checkpoint, sync, backup, checkpoint, sync, "
+        "restore, comparison of what came back (every row or file by hash); a backup counts where that found no "
+        "difference. A time of ours is that of Prefect's flow run, from Running to its end, by the API of the service; a "
+        "peer's is that of its command. CPU: of the client's processes, of the PostgreSQL server (log archiver included), "
+        "and of others: the S3 server, and our standing service. Memory is the peak of the client's process tree (PSS); "
+        "of ours, that of the flow run's process and its children. Ours uses the first fitting `pg_dump` that it finds, "
+        "the server's own version; its restores include making the database, ANALYZE and the switch. The peers' database "
+        "is restored into an empty one that was made before; ours where there is none, and once more over the living one, "
+        "which it then removes. A volume of ours always is restored over the living one, which it then removes; the "
+        "peers' into an empty folder. What is read, the backup included, lies in the page cache before, unless it is "
+        "emptied. Backups of ours and of pg_dump are synced, and restores of ours; those of `tar | zstd` are not. "
+        "Physical peers copy the whole cluster, indexes included. What S3 is: SeaweedFS by plain http, with TLS for "
+        "pgBackRest, which speaks nothing else. Our service runs in its own turns only, each time started anew on an "
+        "empty home and left alone for some seconds. The limits are measured in each round; of every piece the median "
+        "counts. Before each turn with the small files, and each restore of many tables, the machine rests for 61 s: for "
+        "so long after files were deleted ext4 without a journal is slow to make others, by whomever."
     )
 ]
 
@@ -127,6 +131,16 @@ def _contenders(results: Results, case: str, verb: Verb) -> Iterator[str]:
     yield from _table(f"{case[0].upper()}{case[1:]}: {verb}", head, rows)
 
 
+_GROWTH_HEAD = (
+    *("what", "backup s", "restore s", "zstd peer: backup s", "restore s"),
+    *("backup, all CPU s", "restore", "backup peak MiB", "restore"),
+)
+
+
+def _all_cpu(usage: Usage) -> float:
+    return usage.client_cpu_seconds + usage.server_cpu_seconds + usage.other_cpu_seconds
+
+
 def _growth(results: Results) -> list[tuple[str, ...]]:
     cases = [(f"{units}x data", growth_case(units)) for units in GROWTH_UNITS]
     counted = sorted(
@@ -135,9 +149,23 @@ def _growth(results: Results) -> list[tuple[str, ...]]:
     )
     rows = []
     for name, case in [*cases, *((case, case) for case in counted)]:
-        found = [results.seconds(case, who, verb) for who in (OURS, DIRECTORY_ZSTD) for verb in _VERBS]
+        found = [results.seconds(case, who, verb) for who in (OURS, DIRECTORY_ZSTD) for verb in VERBS]
+        cpu = [results.median(case, OURS, verb, _all_cpu) for verb in VERBS]
+        peaks = [results.median(case, OURS, verb, lambda usage: usage.peak_bytes / 2**20) for verb in VERBS]
         if any(found):
-            rows.append((name, *(_number(one, 2) for one in found)))
+            all_cpu, memory = [_number(one, 1) for one in cpu], [_number(one, 0) for one in peaks]
+            rows.append((name, *(_number(one, 2) for one in found), *all_cpu, *memory))
+    for verb in VERBS:
+        seconds = [results.seconds(case, OURS, verb) for _, case in cases]
+        steps = [f"{later / earlier:.1f}" for earlier, later in itertools.pairwise(seconds) if earlier and later]
+        if steps:
+            rows.append(
+                (
+                    f"{verb}: each four times the data ÷ the one before",
+                    ", ".join(steps),
+                    *[""] * (len(_GROWTH_HEAD) - 2),
+                )
+            )
     return rows
 
 
@@ -145,8 +173,8 @@ def _jobs(results: Results) -> list[tuple[str, ...]]:
     rows = []
     for jobs in ALL_JOBS:
         name = jobs_name(jobs)
-        seconds = [results.seconds("jobs", name, verb) for verb in _VERBS]
-        peaks = [results.median("jobs", name, verb, lambda usage: usage.peak_bytes / 2**20) for verb in _VERBS]
+        seconds = [results.seconds("jobs", name, verb) for verb in VERBS]
+        peaks = [results.median("jobs", name, verb, lambda usage: usage.peak_bytes / 2**20) for verb in VERBS]
         if any(seconds):
             rows.append((str(jobs), *(_number(one, 2) for one in seconds), *(_number(one, 0) for one in peaks)))
     return rows
@@ -193,7 +221,7 @@ def _bounds(results: Results) -> Iterator[str]:
 def _busy(results: Results) -> Iterator[tuple[str, ...]]:
     for case in dict.fromkeys(run.case for run in results.runs):
         for name in dict.fromkeys(run.contender for run in results.runs if run.case == case):
-            for verb in _VERBS:
+            for verb in VERBS:
                 seconds = results.seconds(case, name, verb)
                 if name.startswith(OURS) and seconds:
                     parts = [results.median(case, name, verb, one) or 0.0 for _, one in _CPU]
@@ -214,7 +242,7 @@ def _bound(share: float, disk: float, parts: Sequence[float]) -> str:
         return f"CPU, most of it {_CPU[parts.index(max(parts))][0]}"
     if disk > _BUSY:
         return "the disk"
-    return "waiting: for the disk's syncs, or for what runs alone"
+    return f"neither: {max(0.0, 1 - share):.0%} of the cores idle"
 
 
 # Of ours without the start of its process, which is no part of its time.

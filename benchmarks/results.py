@@ -17,6 +17,8 @@ METHOD = 4
 LIMIT = "limit"
 """Stands for a contender where the limits could not be measured."""
 Verb = Literal["backup", "restore", "cleaning"]
+VERBS: tuple[Verb, ...] = ("backup", "restore")
+"""Those that are measured."""
 
 
 @dataclass(frozen=True)

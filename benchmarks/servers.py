@@ -83,6 +83,10 @@ class Cluster:
         """Make an empty database."""
         self.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(database)))
 
+    def copy(self, database: str, to: str) -> None:
+        """Make a copy of a database that nobody is connected to."""
+        self.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(*map(sql.Identifier, (to, database))))
+
     def drop(self, database: str) -> None:
         """Take a database away, if there is one."""
         self.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(database)))

@@ -71,6 +71,31 @@ def database_subject(
     return Subject({DATABASE: cluster.url(DATABASE)}, {}, damage, check, repair, cluster.pid)
 
 
+def set_subject(
+    cluster: Cluster, databases: dict[str, database_data.Fingerprint], volumes: dict[Path, volume_data.Fingerprint]
+) -> Subject:
+    """Several databases of a cluster, copies of one another, all of them lost, and several volumes that live on, changed."""
+
+    def damage() -> None:
+        for name in databases:
+            cluster.drop(name)
+        for volume, before in volumes.items():
+            (volume / min(before)).unlink()
+            (volume / "newcomer").write_text("was not there")
+
+    def check() -> None:
+        for name, before in databases.items():
+            compare(f"ours, {name}", before, database_data.fingerprint(cluster, name))
+        for volume, files in volumes.items():
+            compare(f"ours, {volume.name}", files, volume_data.fingerprint(volume))
+
+    def repair() -> None:
+        """Nothing: its data are made for each time that it is measured."""
+
+    urls = {name: cluster.url(name) for name in databases}
+    return Subject(urls, {volume.name: volume for volume in volumes}, damage, check, repair, cluster.pid)
+
+
 def volume_subject(volume: Path, asked: Volume, before: volume_data.Fingerprint) -> Subject:
     """A volume."""
 
