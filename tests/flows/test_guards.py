@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,7 +47,13 @@ def health() -> Iterator[Health]:
 
 @pytest.fixture(scope="module")
 def service(make_service: Callable[..., Service], health: Health) -> Service:
-    made = make_service("guards", ATHENA_HEALTH_URLS=json.dumps([health.url]), ATHENA_HEALTH_SECONDS="1")
+    made = make_service(
+        "guards",
+        ATHENA_HEALTH_URLS=json.dumps([health.url]),
+        ATHENA_HEALTH_SECONDS="1",
+        ATHENA_NICE="7",
+        ATHENA_RATE_LIMIT_MB="8",
+    )
     made.start()
     return made
 
@@ -64,6 +71,18 @@ def file(service: Service) -> Path:
     file = Path(json.loads(service.environment["ATHENA_VOLUMES"])["gitserver"]) / "folder" / "file"
     file.write_text("live")
     return file
+
+
+def test_an_operation_steps_back_and_reads_no_faster_than_it_is_set_to(service: Service) -> None:
+    noise = Path(json.loads(service.environment["ATHENA_VOLUMES"])["edweb"]) / "noise"
+    noise.write_bytes(os.urandom(48 << 20))
+    service.start_backup()
+    with service.stopped_child("pg_dump"):
+        assert os.getpriority(os.PRIO_PROCESS, service.pid_of("prefect.engine")) == 7
+        began = time.monotonic()
+    await_true(lambda: service.status() == "Success", "the backup's end")
+    assert time.monotonic() - began > 4
+    noise.unlink()
 
 
 def test_a_run_that_finds_the_slot_taken_ends_as_skipped_and_is_no_backup(service: Service, timestamp: str) -> None:
