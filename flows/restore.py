@@ -150,7 +150,7 @@ def stage_and_switch(chosen: Sequence[Component], request: RestoreRequest) -> li
 
 
 @task(name="stage", **RETRYING)
-def stage(name: str, *, allow_devices: bool, accept_metadata_loss: bool) -> None:
+def stage(name: str, *, allow_devices: bool = False, accept_metadata_loss: bool = False) -> None:
     """Build one component beside the live one; what a failed try has built is thrown away at once."""
 
     def work(working: Working) -> None:
