@@ -223,7 +223,7 @@ class Service:
             try:
                 if (directory / "comm").read_text().strip() != program:
                     continue
-                arguments = (directory / "cmdline").read_text()
+                arguments = (directory / "cmdline").read_bytes().decode("utf-8", "replace")
                 # A zombie has none, and can't be held. pg_dumpall asks pg_dump's version with -V.
                 if not arguments or {"--version", "-V"} & set(arguments.split("\0")):
                     continue
