@@ -24,7 +24,10 @@ def parse(line: bytes) -> Mount:
     """One line of the list. NFS shows every folder of an export as its root; which one it is stands in the mount's source."""
     words = line.split()
     separator = words.index(b"-", 6)
-    root = words[separator + 2] if words[separator + 1] in (b"nfs", b"nfs4") else words[3]
+    root = words[3]
+    if words[separator + 1] in (b"nfs", b"nfs4"):
+        # Without the server, which may have several names: the number of the file system says which one it is.
+        root = b"/" + words[separator + 2].partition(b":/")[2]
     return Mount(os.fsdecode(words[2]), _decoded(root), _decoded(words[4]))
 
 

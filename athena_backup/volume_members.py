@@ -119,7 +119,10 @@ class Members:
         if first[3] == 1:
             self._complete.append(inode)
             if len(self._complete) > _COMPLETE_LIMIT:
-                self.links.pop(self._complete.popleft(), None)
+                oldest = self._complete.popleft()
+                # Its number may have become another file's, of which names are to come.
+                if oldest in self.links and self.links[oldest][3] <= 0:
+                    del self.links[oldest]
 
     def _content(self, entry: Entry, descriptor: int, status: os.stat_result) -> Iterator[bytes]:
         for _ in range(_READS):

@@ -334,6 +334,7 @@ def whole_set(bench: Bench) -> None:
         cluster, before = stack.enter_context(bench.cluster(asked))
         place = stack.enter_context(bench.place())
         folder = place.fresh("volumes")
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         volumes = {folder / f"volume{number}": large if number < 2 else small for number in range(_PARTS)}
         for volume, contents in volumes.items():
             volume_data.build(volume, contents)
