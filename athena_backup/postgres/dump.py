@@ -299,8 +299,8 @@ class _Dump:
             raise FinalError("pg_dump ended with exit code 0 and wrote nothing", step="dumping")
         if len(ended.stderr) >= STDERR_LIMIT_LINES:
             raise FinalError(f"pg_dump wrote more than {STDERR_LIMIT_LINES} lines of warnings", step="dumping")
-        is_strange = any(is_known_warning(line) is None for line in ended.stderr)
-        greeted = greeting(self._held.database.url) if is_strange else frozenset[str]()
+        strange = [line for line in ended.stderr if is_known_warning(line) is None]
+        greeted = self._greeting(strange[0]) if strange else frozenset[str]()
         for line in ended.stderr:
             omits = is_known_warning(line)
             if omits is None and line not in greeted:
@@ -311,6 +311,13 @@ class _Dump:
                 )
             if omits:
                 self.omitted.append(line.removeprefix("pg_dump: warning: "))
+
+    def _greeting(self, line: str) -> frozenset[str]:
+        """What the server tells whoever connects; where it can't be asked, the error says because of which line it should be."""
+        try:
+            return greeting(self._held.database.url)
+        except PassingError as error:
+            raise PassingError(f"pg_dump said: {line}; {error.cause}", step="dumping") from error
 
     def _failure(self, ended: Ended) -> AthenaError:
         said = "\n".join(ended.stderr)

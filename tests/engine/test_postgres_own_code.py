@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from round_trip import ALL_BY_COPY, RESTORE, Make, dump, restore, rows, stage
 
-from athena_backup.errors import UnavailableError
+from athena_backup.errors import PassingError, UnavailableError
 from athena_backup.operation import Operation
 from athena_backup.postgres.clients import lost_connection
 from athena_backup.postgres.embedded import embedded_server
@@ -86,7 +86,9 @@ def test_a_materialized_view_that_can_not_be_filled_is_told_and_loses_nothing_el
     assert rows(database, "SELECT i FROM public.after") == [(1,)]
 
 
-def test_a_database_that_greets_who_comes_in_is_backed_up(make_database: Make, local_store: LocalStore) -> None:
+def test_a_database_that_greets_who_comes_in_is_backed_up(
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A login's event trigger (since 17) may have something to tell or to warn of, which is no warning of pg_dump's."""
     database = make_database(
         "greeting",
@@ -96,6 +98,13 @@ def test_a_database_that_greets_who_comes_in_is_backed_up(make_database: Make, l
     )
     restore(dump(database, local_store), database, local_store)
     assert rows(database, "SELECT i FROM public.t") == [(1,)]
+
+    def no_session_is_left(_: object) -> frozenset[str]:
+        raise PassingError("the server could not be asked")
+
+    monkeypatch.setattr("athena_backup.postgres.dump.greeting", no_session_is_left)
+    with pytest.raises(PassingError, match="mind the gap; the server could not be asked"):
+        dump(database, local_store)
 
 
 def test_what_a_server_is_set_to_hinders_no_restore(tmp_path: Path, local_store: LocalStore) -> None:
