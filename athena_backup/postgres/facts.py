@@ -64,10 +64,11 @@ _BOOTSTRAP_OWNS = " OR ".join(
     )
 )
 _OWNER_OF_PUBLIC_SINCE = 150_000
-# `public` is initdb's. Since version 15 pg_dump writes who owns it where that is not whom a new server's belongs to.
+# `public` is initdb's. Since version 15 pg_dump writes who owns it where that is not whom a new server's belongs to. Before, it
+# takes the bootstrap superuser's rights away (REVOKE) where the owner is another one by now.
 _BOOTSTRAP_HAS_PUBLIC = (
     "EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname OPERATOR(pg_catalog.=) 'public'"
-    " AND (:names_owner_of_public AND n.nspowner OPERATOR(pg_catalog.=) CAST(10 AS oid)"
+    " AND (:names_owner_of_public OPERATOR(pg_catalog.=) (n.nspowner OPERATOR(pg_catalog.=) CAST(10 AS oid))"
     " OR EXISTS (SELECT FROM pg_catalog.aclexplode(n.nspacl) a WHERE a.grantee OPERATOR(pg_catalog.=) CAST(10 AS oid)"
     " AND a.grantee OPERATOR(pg_catalog.<>) n.nspowner)))"
 )

@@ -124,6 +124,10 @@ def test_the_bootstrap_superuser_is_among_the_roles_where_something_names_it(
                 # Of a server of 14 every public is so, and that version's pg_dump does not write it.
                 monkeypatch.setattr(facts, "client_version", lambda _: 140_000)
                 assert "postgres" not in {role.name for role in read(Database("one", postgres.url(name))).roles}
+                with psycopg.connect(host="127.0.0.1", port=postgres.port, user="postgres", dbname=name) as inside:
+                    inside.execute(f"ALTER SCHEMA public OWNER TO {owner}")
+                # It writes that the bootstrap superuser has no rights there any more.
+                assert "postgres" in {role.name for role in read(Database("one", postgres.url(name))).roles}
         finally:
             admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
             admin.execute(f"DROP ROLE {owner}, {grantee}")
