@@ -188,7 +188,9 @@ def _holds_by_another_path(one: Path, other: Path, seen: list[Mount]) -> bool:
     try:
         # No file system's list of mounts is believed alone.
         return (one / origins[1][1].relative_to(origins[0][1])).samefile(other)
-    except OSError:  # one is not there yet
+    except FileNotFoundError:
+        return not other.exists()  # it is yet to be made, and would be inside
+    except OSError:
         return True
 
 
