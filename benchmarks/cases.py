@@ -336,18 +336,22 @@ def whole_set(bench: Bench) -> None:
         folder = place.fresh("volumes")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         volumes = {folder / f"volume{number}": large if number < 2 else small for number in range(_PARTS)}
-        for volume, contents in volumes.items():
-            volume_data.build(volume, contents)
         databases = [f"{DATABASE}{number}" for number in range(_PARTS)]
+
+        def make() -> None:
+            for volume, contents in volumes.items():
+                shutil.rmtree(volume, ignore_errors=True)
+                volume_data.build(volume, contents)
+            for name in [*database_data.leftovers(cluster), *databases]:
+                cluster.drop(name)
+            for name in databases:
+                cluster.copy(DATABASE, name)
+
         for name in databases:
-            cluster.drop(name)
             stack.callback(cluster.drop, name)
-            cluster.copy(DATABASE, name)
-        subject = set_subject(
-            cluster,
-            dict.fromkeys(databases, before),
-            {volume: volume_data.fingerprint(volume) for volume in volumes},
-        )
+        make()
+        files = {volume: volume_data.fingerprint(volume) for volume in volumes}
+        subject = set_subject(cluster, dict.fromkeys(databases, before), files, make)
         bench.compete(
             SET,
             [ours(bench, OURS, subject, None), ours(bench, OURS_S3, subject, place.bucket)],

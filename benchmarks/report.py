@@ -138,7 +138,7 @@ _GROWTH_HEAD = (
 
 
 def _all_cpu(usage: Usage) -> float:
-    return usage.client_cpu_seconds + usage.server_cpu_seconds + usage.other_cpu_seconds
+    return sum(one(usage) for _, one in _CPU)
 
 
 def _growth(results: Results) -> list[tuple[str, ...]]:

@@ -72,7 +72,10 @@ def database_subject(
 
 
 def set_subject(
-    cluster: Cluster, databases: dict[str, database_data.Fingerprint], volumes: dict[Path, volume_data.Fingerprint]
+    cluster: Cluster,
+    databases: dict[str, database_data.Fingerprint],
+    volumes: dict[Path, volume_data.Fingerprint],
+    repair: Callable[[], None],
 ) -> Subject:
     """Several databases of a cluster, copies of one another, all of them lost, and several volumes that live on, changed."""
 
@@ -88,9 +91,6 @@ def set_subject(
             compare(f"ours, {name}", before, database_data.fingerprint(cluster, name))
         for volume, files in volumes.items():
             compare(f"ours, {volume.name}", files, volume_data.fingerprint(volume))
-
-    def repair() -> None:
-        """Nothing: its data are made for each time that it is measured."""
 
     urls = {name: cluster.url(name) for name in databases}
     return Subject(urls, {volume.name: volume for volume in volumes}, damage, check, repair, cluster.pid)
