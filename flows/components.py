@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from athena_backup.errors import FinalError
 from athena_backup.manifest import Component
+from athena_backup.postgres.preflight import bound_extensions
 from athena_backup.postgres.sessions import Database
 from athena_backup.settings import Settings
 from athena_backup.volume_archive import Volume
@@ -36,11 +37,17 @@ def volume_of(name: str, settings: Settings) -> Volume:
 
 
 def omissions(components: Sequence[Component]) -> list[str]:
-    """What is known not to be in a set although its backup succeeded, in words: somebody has to make it anew by hand."""
+    """What is known not to be in a set although its backup succeeded, or not to come back by itself, in words: it is to be done by
+    hand.
+    """
     told = []
     for component in components:
         if component.database is not None:
             told += [f"{component.name}: not in the set: {omitted}" for omitted in component.database.omitted]
+            if bound := bound_extensions(component.database):
+                told.append(
+                    f"{component.name}: restored by hand only, by the set's RESTORE.md, as it has {', '.join(bound)}"
+                )
         elif component.volume is not None:
             left_out = {
                 "changed while it was read": component.volume.torn,

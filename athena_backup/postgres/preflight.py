@@ -185,6 +185,11 @@ _BOUND_EXTENSIONS = frozenset({"pg_cron"})
 """Those whose CREATE EXTENSION looks at the name of the database, which is another one until the switch."""
 
 
+def bound_extensions(facts: DatabaseFacts) -> list[str]:
+    """A database's extensions for which no restore can make it: it comes back by the set's RESTORE.md alone."""
+    return [extension.name for extension in facts.extensions if extension.name in _BOUND_EXTENSIONS]
+
+
 def _extension_faults(inside: Connection, facts: DatabaseFacts) -> list[AthenaError]:
     available = set(inside.execute(text("SELECT name FROM pg_catalog.pg_available_extensions")).scalars())
     missing = [extension.name for extension in facts.extensions if extension.name not in available]
@@ -195,8 +200,7 @@ def _extension_faults(inside: Connection, facts: DatabaseFacts) -> list[AthenaEr
                 f"the destination lacks the extensions {', '.join(missing)}", next_step="install them on the server"
             )
         )
-    bound = [extension.name for extension in facts.extensions if extension.name in _BOUND_EXTENSIONS]
-    if bound:
+    if bound := bound_extensions(facts):
         faults.append(
             FinalError(
                 f"{', '.join(bound)} can be made only in the one database that its server's settings name, not in one beside it",

@@ -11,6 +11,7 @@ from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.postgres.staging import discard_staging, facts_of
 from athena_backup.store.local import LocalStore
+from flows.components import omissions
 
 
 def faults_of(component: Component, database: Database) -> str:
@@ -119,15 +120,18 @@ def test_an_extension_that_the_destination_lacks(make_database: Make, local_stor
 def test_an_extension_that_can_be_made_only_in_a_database_of_its_name(
     make_database: Make, local_store: LocalStore
 ) -> None:
-    """It has to be refused before anything is loaded, and where the way out is said."""
+    """It has to be refused before anything is loaded, and where the way out is said; the backup's own message says so before."""
     database = make_database("timed")
     component = dump(database, local_store)
     assert component.database is not None
     extension = component.database.extensions[0].model_copy(update={"name": "pg_cron"})
     facts = component.database.model_copy(update={"extensions": (extension,)})
-    said = faults_of(component.model_copy(update={"database": facts}), database)
+    bound = component.model_copy(update={"database": facts})
+    said = faults_of(bound, database)
     assert "pg_cron can be made only in the one database" in said
     assert "RESTORE.md" in said
+    assert omissions([component]) == []
+    assert [line for line in omissions([bound]) if "pg_cron" in line and "RESTORE.md" in line]
 
 
 def test_a_session_that_an_ordinary_owner_may_not_end(
