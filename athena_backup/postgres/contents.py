@@ -15,6 +15,7 @@ _RIGHTS = re.compile(rb"^\d+; \d+ \d+ (DEFAULT ACL|ACL) ")
 _VIEW_DATA = re.compile(rb"^\d+; \d+ \d+ MATERIALIZED VIEW DATA (?P<name>.*) \S+$")
 # A comment or label is no catalog's row either: its tag says of what it is.
 _EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ (?:EVENT TRIGGER |(?:COMMENT|SECURITY LABEL) \S+ EVENT TRIGGER )")
+_ROW_SECURITY = re.compile(rb"^\d+; \d+ \d+ ROW SECURITY ")
 _PG_CLASS, _PG_CONSTRAINT, _PG_STATISTIC_EXT = 1259, 2606, 3381
 # pg_proc, pg_operator, pg_opclass and pg_opfamily: what somebody wrote may look into tables that are not full yet.
 _CODE_CATALOGS = frozenset({1255, 2617, 2616, 2753})
@@ -78,6 +79,11 @@ def view_name(line: bytes) -> str:
 def is_event_trigger(line: bytes) -> bool:
     """Whether an entry is an event trigger or says something of one."""
     return _EVENT_TRIGGER.match(line) is not None
+
+
+def enables_row_security(line: bytes) -> bool:
+    """Whether an entry has a table hide rows from whom its policies don't name: where it is forced, from its owner too."""
+    return _ROW_SECURITY.match(line) is not None
 
 
 class Contents:

@@ -86,8 +86,9 @@ class Loading:
     def loaded(self, crew: Crew) -> Iterator[Callable[[], Sequence[str]]]:
         """Load all rows and what belongs to them, and analyze it; raises the first thing that fails.
 
-        Yields what is to be called once the rows have been compared: it fills materialized views, returns those that it could not
-        fill, with the reasons, and makes event triggers. The staging database is of no use where anything was raised.
+        Yields what is to be called once the rows have been compared: it enables row-level security, fills materialized views,
+        returns those that it could not fill, with the reasons, and makes event triggers. The staging database is of no use where
+        anything was raised.
         """
         head = self._head(self.component.streams[0])
         with unnamed_file(head.content) as archive:
@@ -105,6 +106,7 @@ class Loading:
             yield partial(self._run_code, crew, plan)
 
     def _run_code(self, crew: Crew, plan: Plan) -> Sequence[str]:
+        crew.run(plan.row_security, self.operation.check)
         if plan.filling_views:
             crew.run(plan.filling_views, self.operation.check)
             self._analyze_rest(crew, _VIEWS)

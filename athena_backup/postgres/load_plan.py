@@ -18,6 +18,7 @@ from athena_backup.postgres.contents import (
     TableEntries,
     are_rights,
     but_rights,
+    enables_row_security,
     fills_view,
     is_event_trigger,
     view_name,
@@ -74,6 +75,8 @@ class Plan:
         name, that are loaded one by one when all others are full; ``jobs``: how many units can be at work.
         """
         self.units: list[Unit[None]] = []
+        self.row_security: list[Unit[None]] = []
+        """What has tables hide rows, from their owner too where that is forced: he has to count them before."""
         self.filling_views: list[Unit[None]] = []
         """What fills the materialized views, whose queries may call anything."""
         self.unfilled: list[str] = []
@@ -141,11 +144,14 @@ class Plan:
         everything += self._add_foreign_keys(contents.foreign_keys(), full, made_at)
         views = [line for line in after if fills_view(line)]
         triggers = [line for line in after if is_event_trigger(line)]
-        others = {*made_at, *views, *triggers}
+        hiding = [line for line in after if enables_row_security(line)]
+        others = {*made_at, *views, *triggers, *hiding}
         rest = [*(line for line in after if line not in others), *rights]
         size_bytes = loading.component.raw_size_bytes
         if rest:
             self._add(size_bytes, self._make(rest), sorted(set(everything)), is_elastic=True)
+        if hiding:
+            self.row_security.append(Unit(0, self._make(hiding)))
         if views:
             self.filling_views.append(Unit(size_bytes, self._fill(views), is_elastic=True))
         if triggers:
