@@ -23,6 +23,8 @@ _LIMIT_BYTES = 256 << 20
 _SEQUENCE_SET = re.compile(rb"^\d+; 0 \d+ SEQUENCE SET .*$", re.MULTILINE)
 _TABLE_DATA = re.compile(rb"^\d+; 0 (\d+) TABLE DATA ", re.MULTILINE)
 _SETVAL = re.compile(r"^SELECT pg_catalog\.setval\(E?'((?:[^']|'')*)', (-?\d+), (true|false)\);$", re.MULTILINE)
+# As the source's sessions have it: in its strings a backslash is doubled then (manual, 19.13.1).
+_ESCAPES = re.compile(rb"^SET standard_conforming_strings = off;$", re.MULTILINE)
 _IDENTIFIER = re.compile(r'"((?:[^"]|"")*)"|([^."]+)')
 
 
@@ -97,7 +99,11 @@ class ArchiveHead:
                 sql = self._run(["--section=data", f"--use-list={entries}", "--file=-", head])
         if sql is not None:
             self._tables = frozenset(map(int, _TABLE_DATA.findall(listing)))
-            self._found = [_state(*match) for match in _SETVAL.findall(sql.decode(self._codec))]
+            escaped = r"\\" if _ESCAPES.search(sql) else "\\"
+            self._found = [
+                _state(name.replace("''", "'").replace(escaped, "\\"), value, is_called)
+                for name, value, is_called in _SETVAL.findall(sql.decode(self._codec))
+            ]
 
     def _run(self, arguments: list[str]) -> bytes | None:
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
@@ -117,5 +123,5 @@ def unnamed_file(content: bytes) -> Iterator[str]:
 
 
 def _state(name: str, value: str, is_called: str) -> SequenceState:
-    schema, own = (quoted.replace('""', '"') or plain for quoted, plain in _IDENTIFIER.findall(name.replace("''", "'")))
+    schema, own = (quoted.replace('""', '"') or plain for quoted, plain in _IDENTIFIER.findall(name))
     return SequenceState(schema_name=schema, name=own, last_value=int(value), is_called=is_called == "true")

@@ -37,6 +37,7 @@ from athena_backup.postgres.cut import Cut
 from athena_backup.postgres.facts import read_facts, tables_with_rows, translating, with_dump
 from athena_backup.postgres.greeting import greeting
 from athena_backup.postgres.held import Held
+from athena_backup.postgres.order import rerouted_partitions
 from athena_backup.postgres.sessions import (
     Database,
     child_connection,
@@ -108,13 +109,15 @@ def write_database(
     sizes = {table.oid: table.size_bytes for table in tables}
     operation.expect(database.name, sum(sizes.values()))
     bulk: list[BulkTable] = []
+    with held.locks_lock, translating(held, operation):
+        is_via_root = bool(rerouted_partitions(held.locks))
     if reason := unreachable(database.url):
         logger.warning("%s is read by pg_dump alone, not by parallel COPY: %s", database.name, reason)
     else:
         with translating(held, operation):
             bulk = bulk_tables(held, sizes, bulk_bytes=bulk_bytes)
     bulk_oids = {table.oid for table in bulk}
-    dump = _Dump(held, client, head, bulk)
+    dump = _Dump(held, client, head, bulk, is_via_root=is_via_root)
 
     def write(
         name: str, chunks: Callable[[Operation], Iterator[bytes]], turn: Turn, limit_bytes: int = part_limit_bytes
@@ -163,7 +166,7 @@ def write_database(
         Unit(
             small_bytes + _CATALOGS_BYTES,
             lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dumped, turn), turn)),
-            rank=_FIRST_RANK if bulk else 0,
+            rank=_FIRST_RANK,
         ),
         # At once: what it looks at is locked for a moment only, and DDL that comes later may wait. Where many rows have to be
         # counted it needs a slot, the first.
@@ -243,11 +246,15 @@ def _check_tables(dumped: Collection[int], small: Collection[int], bulk: Collect
 class _Dump:
     """One run of `pg_dump` as a `Source`; ``omitted`` is known when its chunks have ended."""
 
-    def __init__(self, held: Held, client: Path, head: ArchiveHead, left_out: Sequence[BulkTable]) -> None:
+    def __init__(
+        self, held: Held, client: Path, head: ArchiveHead, left_out: Sequence[BulkTable], *, is_via_root: bool
+    ) -> None:
+        """``is_via_root``: partitions are to be filled through the table that they are of, which finds each row's own anew."""
         self._held = held
         self._client = client
         self._head = head
         self._left_out = left_out
+        self._is_via_root = is_via_root
         self.omitted: list[str] = []
 
     def chunks(self, turn: Turn, operation: Operation) -> Iterator[bytes]:
@@ -259,6 +266,7 @@ class _Dump:
             f"--dbname={child_connection(self._held.database.database)}",
             f"--encoding={driver.info.parameter_status('server_encoding')}",
             *(f"--snapshot={self._held.snapshot}", f"--lock-wait-timeout={_LOCK_WAIT_MILLISECONDS}"),
+            *(["--load-via-partition-root"] if self._is_via_root else []),
             # As bytes of the database's encoding, in which pg_dump reads them, not of this machine's locale.
             *(os.fsdecode(b"--exclude-table-data=" + name) for name in names),
         ]
@@ -331,6 +339,15 @@ class _Dump:
             )
         if ended.exit_code > 0 and lost_connection(ended.stderr):
             return PassingError(ended.how(), step="dumping")
+        # Views and sequences can't be locked beforehand as tables are.
+        if re.search(
+            r"could not open relation with OID|failed to get data for sequence|query to get data of sequence", said
+        ):
+            return FinalError(
+                f"a view or sequence was dropped while the database was read: {ended.how()}",
+                next_step="back up again, and run DDL outside of backups",
+                step="dumping",
+            )
         return FinalError(ended.how(), step="dumping")
 
 

@@ -5,13 +5,32 @@
 
 from sqlalchemy import Connection, text
 
-# A hash of an enum's value is one of its label's OID, which is another one after a restore: pg_dump then writes what fills
-# the partitions anew from the root ("pg_dump", Notes on --load-via-partition-root).
+# Of parts(oid, part): what the value of a type is made of, which are base types, elements, attributes and bounds.
+_AND_THEIR_PARTS = (
+    " UNION SELECT p.oid, x.part FROM parts p JOIN (SELECT t.oid, t.typbasetype AS part FROM pg_catalog.pg_type t"
+    " WHERE t.typbasetype OPERATOR(pg_catalog.<>) CAST(0 AS oid)"
+    " UNION ALL SELECT t.oid, t.typelem FROM pg_catalog.pg_type t WHERE t.typelem OPERATOR(pg_catalog.<>) CAST(0 AS oid)"
+    " UNION ALL SELECT t.oid, a.atttypid FROM pg_catalog.pg_type t JOIN pg_catalog.pg_attribute a"
+    " ON a.attrelid OPERATOR(pg_catalog.=) t.typrelid AND a.attnum OPERATOR(pg_catalog.>) 0"
+    " WHERE t.typrelid OPERATOR(pg_catalog.<>) CAST(0 AS oid)"
+    " UNION ALL SELECT r.rngtypid, r.rngsubtype FROM pg_catalog.pg_range r) x ON x.oid OPERATOR(pg_catalog.=) p.part"
+)
+# A hash of an enum's value is one of its label's OID, which is another one after a restore, and so is one of an array or row
+# that holds some. Such partitions are filled anew from the root ("pg_dump", --load-via-partition-root). Of an expression no
+# catalog tells the type: one that may hold enums is believed to.
 _REROUTED = text(
-    "WITH RECURSIVE below(root, oid) AS (SELECT p.partrelid, p.partrelid FROM pg_catalog.pg_partitioned_table p"
-    " WHERE p.partstrat OPERATOR(pg_catalog.=) 'h' AND EXISTS (SELECT FROM pg_catalog.pg_opclass o"
-    " WHERE o.oid OPERATOR(pg_catalog.=) ANY (p.partclass) AND o.opcname OPERATOR(pg_catalog.=) 'enum_ops'"
-    " AND o.opcnamespace OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace)"
+    "WITH RECURSIVE parts(oid, part) AS (SELECT DISTINCT a.atttypid, a.atttypid FROM pg_catalog.pg_partitioned_table p"  # noqa: S608 - constants
+    " JOIN pg_catalog.pg_attribute a ON a.attrelid OPERATOR(pg_catalog.=) p.partrelid"
+    " AND a.attnum OPERATOR(pg_catalog.=) ANY (p.partattrs) WHERE p.partstrat OPERATOR(pg_catalog.=) 'h'"
+    f"{_AND_THEIR_PARTS}),"
+    " below(root, oid) AS (SELECT p.partrelid, p.partrelid FROM pg_catalog.pg_partitioned_table p"
+    " WHERE p.partstrat OPERATOR(pg_catalog.=) 'h' AND (EXISTS (SELECT FROM pg_catalog.pg_attribute a"
+    " JOIN parts o ON o.oid OPERATOR(pg_catalog.=) a.atttypid JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) o.part"
+    " WHERE a.attrelid OPERATOR(pg_catalog.=) p.partrelid AND a.attnum OPERATOR(pg_catalog.=) ANY (p.partattrs)"
+    " AND t.typtype OPERATOR(pg_catalog.=) 'e') OR p.partexprs IS NOT NULL AND EXISTS (SELECT FROM pg_catalog.pg_opclass o"
+    " WHERE o.oid OPERATOR(pg_catalog.=) ANY (p.partclass)"
+    " AND o.opcname OPERATOR(pg_catalog.=) ANY (ARRAY['enum_ops', 'array_ops', 'record_ops', 'range_ops'])"
+    " AND o.opcnamespace OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace))"
     " UNION ALL SELECT b.root, i.inhrelid FROM below b JOIN pg_catalog.pg_inherits i"
     " ON i.inhparent OPERATOR(pg_catalog.=) b.oid)"
     " SELECT DISTINCT ON (c.oid) c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name, b.root::bigint AS root"
@@ -24,17 +43,10 @@ _REROUTED = text(
 # Checks and stored values by a function that somebody wrote in SQL or a procedural language: it may look into other tables,
 # though the manual forbids it (5.4.1 and 5.3).
 _DEPENDENT = text(
-    # What the value of a type is made of: base types, elements, attributes, bounds.
-    "WITH RECURSIVE parts(oid, part) AS (SELECT DISTINCT a.atttypid, a.atttypid FROM pg_catalog.pg_attribute a"
+    "WITH RECURSIVE parts(oid, part) AS (SELECT DISTINCT a.atttypid, a.atttypid FROM pg_catalog.pg_attribute a"  # noqa: S608 - constants
     " JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) a.attrelid AND c.relkind OPERATOR(pg_catalog.=) 'r'"
     " WHERE a.atttypid OPERATOR(pg_catalog.>=) CAST(16384 AS oid)"
-    " UNION SELECT p.oid, x.part FROM parts p JOIN (SELECT t.oid, t.typbasetype AS part FROM pg_catalog.pg_type t"
-    " WHERE t.typbasetype OPERATOR(pg_catalog.<>) CAST(0 AS oid)"
-    " UNION ALL SELECT t.oid, t.typelem FROM pg_catalog.pg_type t WHERE t.typelem OPERATOR(pg_catalog.<>) CAST(0 AS oid)"
-    " UNION ALL SELECT t.oid, a.atttypid FROM pg_catalog.pg_type t JOIN pg_catalog.pg_attribute a"
-    " ON a.attrelid OPERATOR(pg_catalog.=) t.typrelid AND a.attnum OPERATOR(pg_catalog.>) 0"
-    " WHERE t.typrelid OPERATOR(pg_catalog.<>) CAST(0 AS oid)"
-    " UNION ALL SELECT r.rngtypid, r.rngsubtype FROM pg_catalog.pg_range r) x ON x.oid OPERATOR(pg_catalog.=) p.part)"
+    f"{_AND_THEIR_PARTS})"
     " SELECT DISTINCT c.oid::bigint AS oid, n.nspname AS schema_name, c.relname AS name FROM pg_catalog.pg_class c"
     " JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
     " JOIN (SELECT d.adrelid AS relid, d.oid AS oid, 'pg_catalog.pg_attrdef'::pg_catalog.regclass AS catalog"

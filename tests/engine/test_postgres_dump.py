@@ -287,6 +287,18 @@ def test_rows_that_row_level_security_hides_are_an_error_and_never_missing(
     assert list(local_store.entries("")) == []
 
 
+@pytest.mark.parametrize("kind", ["VIEW", "SEQUENCE"])
+def test_what_can_not_be_locked_and_is_dropped_meanwhile_is_told_as_that(
+    postgres: EmbeddedServer, database: Database, local_store: LocalStore, kind: str
+) -> None:
+    run(postgres, database, f"CREATE {kind} public.passing{' AS SELECT 1' if kind == 'VIEW' else ''}")
+    with hold_cut([database], Operation()) as cut:
+        run(postgres, database, f"DROP {kind} public.passing")
+        with pytest.raises(FinalError, match="a view or sequence was dropped while") as caught:
+            back_up(database, local_store, cut)
+    assert "outside of backups" in str(caught.value)
+
+
 def test_settings_of_the_database_do_not_change_what_is_dumped(
     postgres: EmbeddedServer, database: Database, local_store: LocalStore
 ) -> None:

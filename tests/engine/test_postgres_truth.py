@@ -205,19 +205,24 @@ def test_a_table_that_hides_rows_from_its_own_owner_fails_the_backup_by_copy(
 
 
 @WAYS
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mood", "{}"), ("mood[]", "ARRAY[{}]"), ("pair", "ROW({}, 1)::pair")],
+    ids=["alone", "array", "row"],
+)
 def test_partitions_by_the_hash_of_an_enum_come_back_though_their_rows_move(
-    make_database: Make, local_store: LocalStore, sizes: dict[str, int]
+    make_database: Make, local_store: LocalStore, sizes: dict[str, int], key: str, value: str
 ) -> None:
     database = make_database(
         "hashed",
-        "CREATE TYPE mood AS ENUM ('a', 'b', 'c', 'd', 'e', 'f', 'g', 'h');"
-        "CREATE TABLE parted (m mood, i int) PARTITION BY HASH (m);"
+        "CREATE TYPE mood AS ENUM ('a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'); CREATE TYPE pair AS (m mood, i int);"
+        f"CREATE TABLE parted (m {key}, i int) PARTITION BY HASH (m);"
         "CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 0);"
         "CREATE TABLE parted_1 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 1) PARTITION BY HASH (m);"
         "CREATE TABLE parted_1_0 PARTITION OF parted_1 FOR VALUES WITH (MODULUS 2, REMAINDER 0);"
         "CREATE TABLE parted_1_1 PARTITION OF parted_1 FOR VALUES WITH (MODULUS 2, REMAINDER 1);"
         "CREATE TABLE beside AS SELECT i FROM generate_series(1, 3000) i;"
-        "INSERT INTO parted SELECT (enum_range(NULL::mood))[1 + i % 8], i FROM generate_series(1, 5000) i",
+        f"INSERT INTO parted SELECT {value.format('(enum_range(NULL::mood))[1 + i % 8]')}, i FROM generate_series(1, 5000) i",
     )
     query = "SELECT m::text, i FROM public.parted ORDER BY i"
     before = rows(database, query)
@@ -468,3 +473,14 @@ def test_a_row_that_is_refused_is_not_shown(make_database: Make, local_store: Lo
     with pytest.raises(FinalError, match="violates check constraint") as raised:
         load_ranges("private", streams, database, local_store, Operation(), Turn(1, lambda: None), are_all=True)
     assert "secret" not in str(raised.value)
+
+
+def test_a_sequence_whose_name_the_source_wrote_with_doubled_backslashes(
+    make_database: Make, local_store: LocalStore
+) -> None:
+    database = make_database("escaped", 'CREATE SEQUENCE "a\\b"; SELECT setval(\'"a\\b"\', 7)')
+    with session(database.url) as connection:
+        run_sql(connection, "ALTER DATABASE escaped SET standard_conforming_strings = off")
+    component = dump(database, local_store)
+    restore(component, database, local_store)
+    assert rows(database, 'SELECT last_value FROM public."a\\b"') == [(7,)]
