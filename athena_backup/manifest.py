@@ -128,6 +128,7 @@ class DatabaseFacts(_Document):
     labels: tuple[Label, ...]
     settings: tuple[Setting, ...]
     connection_limit: int
+    is_template: bool = Field(default=False, description="Whether others may clone it (datistemplate).")
     tablespace: str = Field(description="The database's own.")
     tablespaces: tuple[str, ...] = Field(default=(), description="Those that tables and indexes are in by name.")
     encoding: str

@@ -221,6 +221,7 @@ def _database_row(reader: Connection, version: int) -> dict[str, object]:
         "SELECT pg_catalog.pg_get_userbyid(datdba) AS owner,"  # noqa: S608 - only constants are put in
         " CASE WHEN datacl IS NOT NULL THEN ARRAY(SELECT pg_catalog.unnest(datacl)::text) END AS acl,"
         " pg_catalog.shobj_description(d.oid, 'pg_database') AS comment, datconnlimit AS connection_limit,"
+        " datistemplate AS is_template,"
         " t.spcname AS tablespace, pg_catalog.pg_encoding_to_char(encoding) AS encoding,"
         f" {provider} AS locale_provider, datcollate AS collate, datctype AS ctype, {locale} AS locale, {rules} AS icu_rules,"
         f" {collation} AS collation_version, pg_catalog.pg_database_size(d.oid) AS size_bytes"

@@ -134,6 +134,15 @@ def subscriptions_of(connection: Connection, database: str) -> list[str]:
     return [str(name) for name in connection.execute(statement, {"name": database}).scalars()]
 
 
+def replication_bound_to(connection: Connection, database: str) -> list[str]:
+    """The logical slots of a database and its subscriptions, in words: they would go, or be left without an end, with it."""
+    slots = text("SELECT slot_name FROM pg_catalog.pg_replication_slots WHERE database OPERATOR(pg_catalog.=) :name")
+    return [
+        *(f"replication slot {one}" for one in connection.execute(slots, {"name": database}).scalars()),
+        *(f"subscription {one}" for one in subscriptions_of(connection, database)),
+    ]
+
+
 def forget_subscriptions(url: URL, names: Sequence[str]) -> None:
     """Drop the subscriptions of a side database, which could not be dropped with them, without a word to their publishers.
 
@@ -198,6 +207,12 @@ def _rename(connection: Connection, live: str, live_oid: int | None, staged: str
     try:
         if live_oid is not None:
             run_sql(connection, f"ALTER DATABASE {quoted(live)} RENAME TO {quoted(before)}")
+            # Preflight asked, but hours may have passed. From here on nobody comes in who could make another one.
+            if bound := replication_bound_to(connection, before):
+                raise FinalError(
+                    f"while it was restored, database {live} got what would be lost with it: {', '.join(bound[:5])}",
+                    next_step="drop it first, restore again, and make it again after that",
+                )
         run_sql(connection, f"ALTER DATABASE {quoted(staged)} RENAME TO {quoted(live)}")
         run_sql(connection, "COMMIT")
     except BaseException:

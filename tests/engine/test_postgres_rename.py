@@ -193,7 +193,7 @@ def test_names_at_the_limit_of_63_bytes_never_meet_the_live_one(
     assert rows(database, "SELECT i FROM public.t") == [(1,)]
 
 
-def test_a_replaced_database_that_was_a_template_is_dropped_like_any_other(
+def test_a_template_comes_back_as_one_and_the_replaced_one_is_dropped_like_any_other(
     make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
 ) -> None:
     database = make_database("mould", "CREATE TABLE t AS SELECT 1 AS i")
@@ -203,6 +203,9 @@ def test_a_replaced_database_that_was_a_template_is_dropped_like_any_other(
     staged = stage(component, database, local_store)
     switch_database(database, staged.oid, RESTORE, "app", Operation())
     assert discard_staging(database, RESTORE) == [side_name("mould", "b", RESTORE)]
+    assert rows(database, "SELECT datistemplate FROM pg_database WHERE datname = 'mould'") == [(True,)]
+    with session(postgres.url()) as connection:
+        run_sql(connection, "ALTER DATABASE mould IS_TEMPLATE false")
 
 
 def test_a_subscription_comes_back_disabled_and_does_not_keep_its_staging_from_being_dropped(
@@ -222,6 +225,41 @@ def test_a_subscription_comes_back_disabled_and_does_not_keep_its_staging_from_b
     ]
     assert staged.notes == ("subscription far is disabled: enable it where it is to be used here",)
     assert discard_staging(database, RESTORE) == [staged.name]
+
+
+@pytest.mark.parametrize(
+    ("make", "drop", "named"),
+    [
+        (
+            "SELECT pg_create_logical_replication_slot('debezium', 'test_decoding')",
+            "SELECT pg_drop_replication_slot('debezium')",
+            "replication slot debezium",
+        ),
+        (
+            "CREATE SUBSCRIPTION late CONNECTION 'host=nowhere.invalid' PUBLICATION p WITH (connect = false)",
+            "ALTER SUBSCRIPTION late SET (slot_name = NONE); DROP SUBSCRIPTION late",
+            "subscription late",
+        ),
+    ],
+    ids=["slot", "subscription"],
+)
+def test_replication_that_was_set_up_while_the_staging_was_loaded_is_not_lost_by_the_switch(
+    make_database: Make, local_store: LocalStore, make: str, drop: str, named: str
+) -> None:
+    database = make_database("followed", "CREATE TABLE t AS SELECT 1 AS i")
+    component = dump(database, local_store)
+    staged = stage(component, database, local_store)
+    with session(database.url) as connection:
+        run_sql(connection, make)
+        run_sql(connection, "INSERT INTO public.t VALUES (2)")
+    with pytest.raises(FinalError, match=named):
+        switch_database(database, staged.oid, RESTORE, "app", Operation())
+    assert rows(database, "SELECT count(*) FROM public.t") == [(2,)]
+    with session(database.url) as connection:
+        for statement in drop.split("; "):
+            run_sql(connection, statement)
+    switch_database(database, staged.oid, RESTORE, "app", Operation())
+    assert rows(database, "SELECT count(*) FROM public.t") == [(1,)]
 
 
 def test_the_owner_of_a_subscription_is_one_of_the_roles_that_a_restore_needs(
