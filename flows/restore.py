@@ -6,7 +6,8 @@ switch came before as at the backup, and the others as they were; its status say
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from athena_backup.errors import AthenaError, Fault, FinalError, UnavailableErro
 from athena_backup.manifest import Component, Manifest
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import switch_database
+from athena_backup.postgres.roles import discard_roles, roles_of
 from athena_backup.postgres.staging import await_server, discard_staging, stage_database
 from athena_backup.settings import load_settings, masked_url
 from athena_backup.store import look_at
@@ -67,7 +69,7 @@ def restore(request: RestoreRequest) -> State[Any]:
             faults = faults or preflight(chosen, request, working)
             switched = [] if faults else stage_and_switch(chosen, request)
             faults = faults or working.fault_list()
-            discard_all(chosen, working)
+            discard_all(chosen, switched, working)
             if not faults and not request.skip_health_check_after:
                 faults = health_faults(working)
     except SlotTakenError:
@@ -212,20 +214,33 @@ def switch(name: str) -> None:
     component_work(name, "switching", work)
 
 
-def discard_all(chosen: Sequence[Component], working: Working) -> None:
-    """Throw away every staging of this restore that was not switched; what has no place here was never staged."""
+def discard_all(chosen: Sequence[Component], switched: Sequence[str], working: Working) -> None:
+    """Throw away every staging of this restore that was not switched, and the roles that were made for those alone.
+
+    What has no place here was never staged.
+    """
     places = configured(working)
-    for component in chosen:
-        if places.get(component.name) != component.kind:
-            continue
+    own = [one for one in chosen if places.get(one.name) == one.kind]
+    kept = {role for one in own if one.database and one.name in switched for role in roles_of(one.database)}
+
+    def tidy(component: Component, discard: Callable[[], object]) -> None:
         try:
-            if component.kind == "database":
-                discard_staging(database_of(component.name, working.settings), restore_id(working))
-            else:
-                discard_volume(volume_of(component.name, working.settings).directory, restore_id(working))
+            discard()
         except AthenaError as error:
             reason = fault_of(error, component=component.name, step="cleaning up")
             run_log().warning("%s; the next restore tries again", reason)
+
+    for component in own:
+        if component.kind == "database":
+            target = database_of(component.name, working.settings)
+            tidy(component, partial(discard_staging, target, restore_id(working)))
+        else:
+            place = volume_of(component.name, working.settings).directory
+            tidy(component, partial(discard_volume, place, restore_id(working)))
+    for component in own:
+        if component.kind == "database" and component.name not in switched:
+            target = database_of(component.name, working.settings)
+            tidy(component, partial(discard_roles, target, restore_id(working), kept))
 
 
 def check_health(working: Working, when: str) -> None:

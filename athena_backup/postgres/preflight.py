@@ -1,6 +1,6 @@
 """What would keep a database from being restored, found before anything that is live is touched ("PostgreSQL", section 6).
 
-Every fault is collected, none hides another. The only thing that is made is the empty staging database.
+Every fault is collected, none hides another. All that is made are the empty staging database and the roles that it lacks.
 """
 
 import contextlib
@@ -13,8 +13,9 @@ from sqlalchemy import Connection, text
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts
 from athena_backup.postgres.rename import maintenance_session, side_name, subscriptions_of
+from athena_backup.postgres.roles import missing_roles
 from athena_backup.postgres.sessions import Database, quoted, refuse_older, session, translated
-from athena_backup.postgres.staging import create_staging, facts_of, missing_roles, restoring_client
+from athena_backup.postgres.staging import create_staging, facts_of, restoring_client
 
 
 def preflight_database(
@@ -22,8 +23,8 @@ def preflight_database(
 ) -> list[AthenaError]:
     """Everything that would keep this database from being restored, found without touching what is live.
 
-    Creates the (empty) staging database and connects to it: `pg_hba.conf` may list databases by name. The caller discards
-    it by `discard_staging` when the restore doesn't go on.
+    Creates the (empty) staging database, and the roles that are missing, and connects to it: `pg_hba.conf` may list databases by
+    name. The caller discards it by `discard_staging`, and them by `discard_roles`, when the restore doesn't go on.
     """
     facts = facts_of(component)
     faults: list[AthenaError] = []

@@ -34,7 +34,7 @@ from athena_backup.postgres.rename import (
     side_name,
     subscriptions_of,
 )
-from athena_backup.postgres.session_settings import apply_settings
+from athena_backup.postgres.roles import create_missing_roles, roles_without_login
 from athena_backup.postgres.sessions import Database, cancelled_with, quoted, run_sql, session, translated
 from athena_backup.store import Store
 
@@ -71,18 +71,6 @@ def facts_of(component: Component) -> DatabaseFacts:
     return component.database
 
 
-def missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
-    """The roles that the database refers to and the destination lacks."""
-    wanted = sorted({role.name for role in facts.roles} | {facts.owner})
-    have = set(
-        connection.execute(
-            text("SELECT rolname FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) ANY (:names)"),
-            {"names": wanted},
-        ).scalars()
-    )
-    return [name for name in wanted if name not in have]
-
-
 def create_staging(connection: Connection, facts: DatabaseFacts, target: Database, restore_id: str) -> None:
     """Create the staging database and the roles that the destination lacks.
 
@@ -94,7 +82,7 @@ def create_staging(connection: Connection, facts: DatabaseFacts, target: Databas
             f"{name} exists already: another component restores into database {target.database} too",
             next_step="remove one of the two from ATHENA_DATABASES",
         )
-    create_missing_roles(connection, facts)
+    create_missing_roles(connection, facts, restore_id)
     run_sql(connection, f"CREATE DATABASE {quoted(name)} {_properties(connection, facts)}")
 
 
@@ -121,34 +109,6 @@ def _properties(connection: Connection, facts: DatabaseFacts) -> str:
         if facts.icu_rules and server >= 160_000:
             options.append(f"ICU_RULES {_literal(facts.icu_rules)}")
     return " ".join(options)
-
-
-_SELF_GRANT_SINCE = 160_000
-_OWN_ROLE = text(
-    "SELECT rolname::text AS name, rolsuper AS is_superuser, pg_catalog.current_setting('server_version_num')::int AS version"
-    " FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user"
-)
-
-
-def create_missing_roles(connection: Connection, facts: DatabaseFacts) -> list[str]:
-    """Create the roles that the destination lacks, without a login or any power; memberships only among those.
-
-    One exception: whoever creates them without being a superuser becomes a member, or he could make nothing theirs.
-    """
-    missing = missing_roles(connection, facts)
-    # Since version 16 who creates a role may administer it but not be it (manual, "createrole_self_grant"); before, it is
-    # no member unless it says so.
-    apply_settings(connection, {"createrole_self_grant": "set, inherit"})
-    own = connection.execute(_OWN_ROLE).one()
-    is_to_join = not own.is_superuser and own.version < _SELF_GRANT_SINCE
-    joined = f" ROLE {quoted(own.name)}" if is_to_join else ""
-    for name in missing:
-        run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN{joined}")
-    for role in facts.roles:
-        for parent in role.member_of:
-            if role.name in missing and parent in missing:
-                run_sql(connection, f"GRANT {quoted(parent)} TO {quoted(role.name)}")
-    return missing
 
 
 def stage_database(
@@ -193,7 +153,12 @@ def stage_database(
         operation.check()  # cancelled meanwhile, it is no setting that was refused
         disabled = subscriptions_of(inside, name)
         notes += changed_collations(inside, facts, server)
+        without_login = roles_without_login(inside, facts, restore_id)
     notes += [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]
+    notes += [
+        f"role {one} was missing and was made without a login and password: ALTER ROLE {quoted(one)} LOGIN PASSWORD '...'"
+        for one in without_login
+    ]
     return StagedDatabase(name, oid, tuple(notes))
 
 
@@ -276,6 +241,8 @@ def dress(inside: Connection, name: str, facts: DatabaseFacts) -> list[str]:
     if facts.acl is not None:
         _grant(inside, own, facts.owner, facts.acl)
     run_sql(inside, f"ALTER DATABASE {own} CONNECTION LIMIT {facts.connection_limit:d}")
+    if facts.is_template:
+        run_sql(inside, f"ALTER DATABASE {own} IS_TEMPLATE true")
     for setting in sorted(facts.settings, key=lambda one: one.name in _LAST_SETTINGS):
         with _noted(refused, f"the setting {setting.name}" + (f" of role {setting.role}" if setting.role else "")):
             _apply_setting(inside, own, setting)

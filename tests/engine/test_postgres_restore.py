@@ -18,6 +18,7 @@ from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_s
 from athena_backup.postgres.load import failed_only_to_set_transaction_timeout
 from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.rename import database_oid
+from athena_backup.postgres.roles import discard_roles
 from athena_backup.postgres.sessions import Database, run_sql, session
 from athena_backup.postgres.staging import (
     await_server,
@@ -425,6 +426,53 @@ def test_an_ordinary_owner_without_superuser_can_back_up_and_restore(
     with session(postgres.url()) as connection:
         run_sql(connection, "DROP DATABASE plainly")
         run_sql(connection, "DROP ROLE plain")
+
+
+def test_an_ordinary_owner_restores_what_row_level_security_hides_from_him(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    """He may load and count it until the policies are in force."""
+    with session(postgres.url()) as connection:
+        run_sql(connection, "CREATE ROLE hidden LOGIN CREATEDB")
+    database = make_database(
+        "hiding",
+        "CREATE TABLE t AS SELECT generate_series(1, 10) AS i; ALTER TABLE t ENABLE ROW LEVEL SECURITY;"
+        "ALTER TABLE t FORCE ROW LEVEL SECURITY; CREATE POLICY few ON t USING (i <= 3)",
+        owner="hidden",
+    )
+    mighty = Database(database.name, database.url.set(username="postgres"))
+    component = dump(mighty, local_store)
+    restore(component, database, local_store)
+    assert rows(mighty, "SELECT count(*) FROM public.t") == [(10,)]
+    assert rows(mighty, "SELECT relrowsecurity, relforcerowsecurity FROM pg_class WHERE relname = 't'") == [
+        (True, True)
+    ]
+    with session(postgres.url()) as connection:
+        run_sql(connection, "DROP DATABASE hiding")
+        run_sql(connection, "DROP ROLE hidden")
+
+
+def test_roles_that_a_restore_has_made_are_told_and_go_with_it_where_it_fails(
+    make_database: Make, local_store: LocalStore, postgres: EmbeddedServer
+) -> None:
+    database = make_database(
+        "peopled",
+        "CREATE ROLE comer LOGIN; CREATE ROLE idle; CREATE TABLE t (i integer);"
+        "GRANT SELECT ON t TO comer; GRANT INSERT ON t TO idle",
+    )
+    component = dump(database, local_store)
+    with session(postgres.url()) as connection:
+        with session(database.url) as inside:
+            run_sql(inside, "DROP OWNED BY comer, idle")
+        run_sql(connection, "DROP ROLE comer, idle")
+    staged = stage(component, database, local_store)
+    assert [note for note in staged.notes if "ALTER ROLE" in note and "comer" in note]
+    assert not [note for note in staged.notes if "idle" in note]
+    assert discard_roles(database, RESTORE, frozenset()) == []
+    discard_staging(database, RESTORE)
+    assert discard_roles(database, RESTORE, {"comer"}) == ["idle"]
+    assert discard_roles(database, "another00000", frozenset()) == []
+    assert discard_roles(database, RESTORE, frozenset()) == ["comer"]
 
 
 def test_who_may_create_roles_restores_onto_a_server_that_has_none_of_them(

@@ -175,3 +175,30 @@ def test_a_database_that_is_read_is_let_go_while_another_is_still_read(
         await_true(lambda: len(held()) == 1, f"only one of {databases} is held")
     await_true(lambda: service.status() == "Success", "the backup's end")
     assert held() == set()
+
+
+def test_a_connection_that_breaks_costs_one_more_try_of_its_component_under_the_same_snapshot(
+    service: Service, postgres: EmbeddedServer
+) -> None:
+    database = json.loads(service.environment["ATHENA_DATABASES"])["gogs"].rpartition("/")[2]
+    broken = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        f" WHERE datname = '{database}' AND state = 'active' AND query LIKE 'COPY %'"
+    )
+    timestamp = service.start_backup()
+    with session(postgres.url()) as connection:
+        await_true(lambda: run_sql(connection, broken).scalar_one(), "the connection that reads a table is broken")
+    with session(postgres.url(database)) as connection:
+        run_sql(connection, "INSERT INTO public.t VALUES (-1, 'after the cut')")
+    await_true(lambda: "ongoing" not in service.status(), "the backup's end")
+    assert service.status() == "Success"
+    directory = Path(service.environment["OBJECT_STORE_LOCATION_LOCAL"]) / "app" / timestamp
+    tries = {
+        name: sorted(json.loads(file.read_text())["state"] for file in directory.glob(f"*/{name}/*/component.json"))
+        for name in ("asp", "gogs", "edweb", "gitserver")
+    }
+    assert tries.pop("gogs") == ["complete", "failed"]
+    assert set(map(tuple, tries.values())) == {("complete",)}
+    assert service.restore(timestamp) == "Success"
+    with session(postgres.url(database)) as connection:
+        assert run_sql(connection, "SELECT count(*), min(i) FROM public.t").one() == (20_000, 1)
