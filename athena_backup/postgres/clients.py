@@ -21,8 +21,11 @@ _LOST_CONNECTION = re.compile(
     r"FATAL:  terminating connection|server closed the connection|SSL connection has been closed|SSL SYSCALL error"
     r"|could not (?:receive|send) data|no connection to the server|^pg_\w+: .*connection to (?:server|database)"
 )
-# What a server that is there says of another one, as where a view asks a foreign server, or of a row.
-_OF_A_STATEMENT = re.compile(r"ERROR:  |^(?:pg_\w+: )?(?:DETAIL|CONTEXT|HINT|detail|hint):")
+# What a server that is there says of another one, as where a view asks a foreign server, or of a row. What pg_dump calls a detail
+# may be the server's own last word.
+_OF_A_STATEMENT = re.compile(
+    r"ERROR:  |^(?:pg_\w+: )?(?:DETAIL|CONTEXT|HINT|hint|detail):(?! Error message from server: )"
+)
 
 
 def lost_connection(stderr: Sequence[str]) -> bool:

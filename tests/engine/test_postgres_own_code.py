@@ -164,6 +164,20 @@ def test_a_pg_restore_whose_session_is_ended_is_worth_another_try(
         (['pg_dump: [archiver (db)] connection to database "asp" failed: could not connect to server: timed out'], True),
         (
             [
+                'pg_dump: error: Dumping the contents of table "t" failed: PQgetResult() failed.',
+                "pg_dump: detail: Error message from server: FATAL:  terminating connection due to administrator command",
+            ],
+            True,
+        ),
+        (
+            [
+                'pg_dump: error: Dumping the contents of table "t" failed: PQgetResult() failed.',
+                'pg_dump: detail: Error message from server: ERROR:  could not connect to server "far"',
+            ],
+            False,
+        ),
+        (
+            [
                 'pg_restore: error: could not execute query: ERROR:  could not connect to server "far"',
                 'DETAIL:  connection to server at "10.0.0.1", port 5432 failed: Connection refused',
             ],
