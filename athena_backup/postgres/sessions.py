@@ -6,6 +6,7 @@ be incomplete or different ("PostgreSQL", section 2). Passwords go into environm
 
 import contextlib
 import os
+import re
 import socket
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -81,10 +82,22 @@ _OURS = frozenset(
     }
 )
 
+# How libpq and psycopg say why a connection was not made at all; they give no SQLSTATE.
+_UNREACHED = re.compile(
+    r"Connection refused|timeout expired|No route to host|Network is unreachable|failed to resolve host"
+    r"|could not translate host name|on socket .*No such file or directory"
+)
+# Without one either; a database's name may hold any words, and stands behind the word.
+_UNKNOWN_ROLE = re.compile(r'FATAL: +role ".*" (?:does not exist|is not permitted to log in)$')
+
 _SERVERS_SIDE = text(
     "SELECT pg_catalog.host(pg_catalog.inet_server_addr()) AS server, pg_catalog.host(pg_catalog.inet_client_addr()) AS client,"
     " pg_catalog.inet_client_port() AS client_port"
 )
+
+
+class NoDatabaseError(FinalError):
+    """The server has no database of the URL's name."""
 
 
 @dataclass(frozen=True)
@@ -356,12 +369,13 @@ def translated_state(state: str, message: str) -> AthenaError:
     # of ours begins with, PgBouncer says this one.
     if "unsupported startup parameter" in message:
         return pooler_refused()
-    if state.startswith("28") or "password authentication failed" in message or "no password supplied" in message:
+    is_refused = "password authentication failed" in message or "no password supplied" in message
+    if state.startswith("28") or is_refused or (not state and _UNKNOWN_ROLE.search(message)):
         return DeniedError(
             f"PostgreSQL refuses the login: {message}", next_step="correct user or password in ATHENA_DATABASES"
         )
     if state == "3D000" or (not state and message.endswith("does not exist")):
-        return FinalError(
+        return NoDatabaseError(
             f"PostgreSQL: {message}", next_step="create the database or correct its URL in ATHENA_DATABASES"
         )
     if state == "42501":
@@ -373,5 +387,7 @@ def translated_state(state: str, message: str) -> AthenaError:
     if state in ("55P03", "55006") or state.startswith("40"):
         return PassingError(f"PostgreSQL: {message}")
     if state.startswith(("08", "57P")) or state == "53300" or not state:
-        return UnavailableError(f"PostgreSQL: {message}")
+        is_unreached = not state and _UNREACHED.search(message) is not None
+        next_step = "start the server, or correct host and port in ATHENA_DATABASES" if is_unreached else ""
+        return UnavailableError(f"PostgreSQL: {message}", next_step=next_step)
     return FinalError(f"PostgreSQL: {message}")

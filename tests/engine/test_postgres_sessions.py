@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from athena_backup.errors import FinalError
+from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
 from athena_backup.names import SetId
 from athena_backup.operation import Operation
 from athena_backup.postgres.copy_login import connect
@@ -23,6 +24,7 @@ from athena_backup.postgres.preflight import preflight_database
 from athena_backup.postgres.session_settings import READING_SETTINGS
 from athena_backup.postgres.sessions import (
     Database,
+    NoDatabaseError,
     ServerIdentity,
     libpq_environment,
     parse_database_url,
@@ -149,6 +151,25 @@ def test_no_password_is_in_any_command_line(
 def test_the_row_in_which_a_function_failed_is_not_shown() -> None:
     told = translated_state("P0001", 'no such account\nCONTEXT:  COPY t, line 7: "a secret"')
     assert str(told) == "PostgreSQL: no such account"
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "next_step"),
+    [
+        ({"username": "nouser"}, DeniedError, "correct user or password"),
+        ({"database": "nodatabase"}, NoDatabaseError, "create the database"),
+        ({"database": 'role "x"'}, NoDatabaseError, "create the database"),
+        ({"port": 1}, UnavailableError, "start the server, or correct host and port"),
+        ({"host": "nosuch.invalid"}, UnavailableError, "start the server, or correct host and port"),
+        ({"host": None, "query": {"host": "/nowhere"}}, UnavailableError, "start the server, or correct host and port"),
+    ],
+)
+def test_why_a_session_is_not_opened_says_which_part_of_the_url_is_wrong(
+    postgres: EmbeddedServer, changed: dict[str, Any], kind: type[AthenaError], next_step: str
+) -> None:
+    with pytest.raises(kind) as refused, session(postgres.url().set(**changed)):
+        pass
+    assert refused.value.next_step.startswith(next_step)
 
 
 def test_a_standby_is_another_server_than_its_primary() -> None:
