@@ -16,7 +16,7 @@ from sqlalchemy import text
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.mounts import Mount, mounts, origin
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.sessions import Database, identity, refuse_older, session
+from athena_backup.postgres.sessions import Database, NoDatabaseError, identity, refuse_older, session
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
 from blocks.stores import local_directory, open_block
@@ -24,6 +24,7 @@ from deployments.looks import Finding, look
 from deployments.store_checkup import store_findings
 
 UPCOMING_RUNS = 5
+_FIELDS_WITHOUT_WEEKDAY = 5
 
 
 def findings(settings: Settings, now: datetime | None = None) -> Iterator[Finding]:
@@ -52,7 +53,20 @@ def check_further_store(name: str, settings: Settings) -> str:
 
 
 def check_database(database: Database, client_directories: list[Path]) -> str:
-    """That the database is reachable and every table readable, directly and not through a pooler, and pg_dump new enough."""
+    """That the database is reachable and every table readable, directly and not through a pooler, and pg_dump new enough.
+
+    Raises `FinalError` and `UnavailableError` for whatever keeps a backup from reading it.
+    """
+    try:
+        return _check_there(database, client_directories)
+    except NoDatabaseError as error:
+        # In a new cluster, before a restore, it is as it has to be.
+        raise FinalError(
+            error.cause, next_step="to back it up, correct its URL in ATHENA_DATABASES; a restore creates it"
+        ) from None
+
+
+def _check_there(database: Database, client_directories: list[Path]) -> str:
     with session(database.url) as connection:
         server = identity(connection)
         refuse_older(server.version)
@@ -115,7 +129,8 @@ def check_volume(directory: Path, *, may_be_empty: bool) -> str:
         entries = list(found)
     if not entries and not may_be_empty:
         raise FinalError(
-            f"{directory} is empty: is it mounted?", next_step="mount it, or name the volume in ATHENA_EMPTY_VOLUMES"
+            f"{directory} is empty",
+            next_step="is it mounted? a restore fills it; name the volume in ATHENA_EMPTY_VOLUMES only if it is meant to be empty",
         )
     unreadable = next((one.name for one in entries if not os.access(one.path, os.R_OK, follow_symlinks=False)), None)
     if unreadable is not None:
@@ -200,6 +215,13 @@ def _schedule_findings(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding("schedule", "ok", f"off (ENABLE_REGULAR_BACKUPS=false); it would be: {in_words(schedule)}")
     else:
         yield Finding("schedule", "ok", in_words(schedule))
+    if len(settings.backup_frequency.split()) == _FIELDS_WITHOUT_WEEKDAY:
+        yield Finding(
+            "schedule",
+            "note",
+            "the five fields of BACKUP_FREQUENCY are read with the seconds first, and without the day of week: elsewhere the"
+            " minutes are the first of five; for midnight write `0 0 0 * * *`",
+        )
     for instant in upcoming(schedule, now, UPCOMING_RUNS):
         yield Finding("next run", "ok", f"{instant:%a %Y-%m-%d %H:%M:%S} UTC")
     yield Finding(

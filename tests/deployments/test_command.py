@@ -52,7 +52,7 @@ def test_a_prefect_server_that_does_not_answer_is_named_without_its_password(ser
 def test_an_empty_volume_that_would_fail_the_backup_fails_the_check(service: Service, tmp_path: Path) -> None:
     volumes = json.dumps({"edweb": str(tmp_path)})
     checked = service.command("check", ATHENA_VOLUMES=volumes)
-    assert f"FAIL  volume edweb: {tmp_path} is empty: is it mounted?" in checked.stdout
+    assert f"FAIL  volume edweb: {tmp_path} is empty (is it mounted? a restore fills it; " in checked.stdout
     checked = service.command("check", ATHENA_VOLUMES=volumes, ATHENA_EMPTY_VOLUMES='["edweb"]')
     assert f"ok    volume edweb: {tmp_path}" in checked.stdout
 
