@@ -200,11 +200,12 @@ def _holds_by_another_path(one: Path, other: Path, seen: list[Mount]) -> bool:
         return False
     if not origins[1][1].is_relative_to(origins[0][1]):
         return False
+    inside = one / origins[1][1].relative_to(origins[0][1])
     try:
         # No file system's list of mounts is believed alone.
-        return (one / origins[1][1].relative_to(origins[0][1])).samefile(other)
+        return inside.samefile(other)
     except FileNotFoundError:
-        return not other.exists()  # it is yet to be made, and would be inside
+        return not inside.exists() and not other.exists()  # it is yet to be made, and would be inside
     except OSError:
         return True
 

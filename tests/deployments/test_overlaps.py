@@ -58,6 +58,22 @@ def test_what_a_list_of_mounts_says_is_not_believed_alone(tmp_path: Path, monkey
     assert overlaps(settings(tmp_path / "home", **volumes), None) == []
 
 
+@pytest.mark.parametrize(
+    ("inner", "outer", "is_one"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_only_of_two_places_that_are_both_yet_to_be_made_is_a_list_of_mounts_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: bool, outer: bool, is_one: bool
+) -> None:
+    volume, mounted = tmp_path / "volume", tmp_path / "mounted"
+    for place, is_there in ((volume / "folder", inner), (mounted, outer)):
+        place.parent.mkdir(exist_ok=True)
+        if is_there:
+            place.mkdir()
+    seen = [Mount("0:52", "/", str(volume)), Mount("0:52", "/folder", str(mounted))]
+    monkeypatch.setattr(checkup, "mounts", lambda: seen)
+    assert bool(overlaps(settings(tmp_path / "home", one=volume, two=mounted), None)) is is_one
+
+
 @by_root
 def test_one_folder_is_no_two_volumes_by_whatever_paths(tmp_path: Path) -> None:
     def work() -> None:
