@@ -35,7 +35,7 @@ from adapter.metrics import CONTENT_TYPE, metrics
 from adapter.patience import patient_client
 from athena_backup.backup import software
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
-from athena_backup.errors import AbsentError, AthenaError, DeniedError
+from athena_backup.errors import AbsentError, AthenaError, UnusableSetError
 from athena_backup.names import InvalidNameError, SetId, Timestamp
 from athena_backup.settings import Settings
 from athena_backup.store import Store
@@ -423,10 +423,9 @@ def _add_error_answers(app: FastAPI) -> None:
     async def _(request: Request, error: AthenaError) -> JSONResponse:
         if isinstance(error, AbsentError):
             return answer(404, str(error))
-        # A store that refuses our own credentials is no fault of the body.
-        is_refused = not error.passing and not isinstance(error, DeniedError)
-        if request.method == "POST" and request.url.path.endswith("restore") and is_refused:
+        if isinstance(error, UnusableSetError):
             return answer(422, str(error))
+        # Whatever else it is, of the store, of Prefect or of the settings, is no fault of the request.
         logger.error("%s %s failed: %s", request.method, request.url.path, error, exc_info=error)
         return answer(503, str(error))
 

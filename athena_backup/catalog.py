@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
-from athena_backup.errors import AbsentError, DeniedError, FinalError
+from athena_backup.errors import AbsentError, DeniedError, FinalError, UnusableSetError
 from athena_backup.manifest import (
     FAILURE,
     MANIFEST,
@@ -97,14 +97,14 @@ def find_set(store: Store, set_id: SetId) -> CatalogEntry | None:
 
 
 def whole_manifest(store: Store, set_id: SetId) -> Manifest:
-    """The manifest of a set that can be restored; raises `AbsentError` or `FinalError` saying why there is none."""
+    """The manifest of a set that can be restored; raises `AbsentError` or `UnusableSetError` saying why there is none."""
     entry = find_set(store, set_id)
     if entry is None:
         raise AbsentError(
             f"there is no backup set {set_id}", next_step="GET /backup/list shows the sets that there are"
         )
     if entry.state is not SetState.SUCCESS or entry.manifest is None:
-        raise FinalError(
+        raise UnusableSetError(
             f"backup set {set_id} can't be restored: {entry.status}", next_step="choose a set with status Success"
         )
     return entry.manifest

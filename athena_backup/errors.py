@@ -82,6 +82,10 @@ class FullError(FinalError):
     """No space or quota is left where bytes had to go."""
 
 
+class UnusableSetError(FinalError):
+    """A backup set that is there can't be restored: it is unfinished, failed or being deleted, or its manifest is damaged."""
+
+
 class DamagedError(FinalError):
     """Stored bytes are not the ones that were written, or end too early."""
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from adapter.app import PREFIX, create_app
-from athena_backup.errors import DeniedError, FinalError, UnavailableError
+from athena_backup.errors import AbsentError, AthenaError, DeniedError, FinalError, UnavailableError, UnusableSetError
 from athena_backup.settings import Settings
 from athena_backup.store import Store
 from blocks.keys import hash_of
@@ -21,11 +21,13 @@ RESTORE = {"timestamp": "2023-02-02t16-00-00", "sourceNamespace": "app"}
     [
         (DeniedError("the store's keys are wrong"), 503),
         (UnavailableError("the store is gone"), 503),
-        (FinalError("that set can't be restored"), 422),
+        (FinalError("the store's directory does not exist"), 503),
+        (UnusableSetError("that set can't be restored"), 422),
+        (AbsentError("there is no such set"), 404),
     ],
 )
 def test_a_restore_from_a_store_that_fails_is_refused_as_what_it_is(
-    error: Exception, code: int, tmp_path: Path
+    error: AthenaError, code: int, tmp_path: Path
 ) -> None:
     def store() -> Store:
         raise error
