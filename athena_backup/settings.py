@@ -332,14 +332,20 @@ def _file_values(path: Path, known: set[str]) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"ATHENA_CONFIG: {path} can't be read: {error.strerror}") from None
+        raise ConfigurationError(
+            f"ATHENA_CONFIG: {path} can't be read: {error.strerror}", next_step="correct the path, or make it readable"
+        ) from None
     kind: Literal["toml", "json"] = "json" if path.suffix == ".json" else "toml"
     if path.suffix not in (".json", ".toml"):
-        raise ConfigurationError(f"ATHENA_CONFIG: {path} has to end in .toml or .json")
+        raise ConfigurationError(
+            f"ATHENA_CONFIG: {path} has to end in .toml or .json", next_step="rename the file, or correct the path"
+        )
     try:
         values = tomllib.loads(content.decode()) if kind == "toml" else _json_values(json.loads(content))
     except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"ATHENA_CONFIG: {path} is not {kind.upper()}: {_without_content(error)}") from None
+        raise ConfigurationError(
+            f"ATHENA_CONFIG: {path} is not {kind.upper()}: {_without_content(error)}", next_step="correct the file"
+        ) from None
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigurationError(

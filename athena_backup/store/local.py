@@ -42,11 +42,12 @@ def store_id(root: Path) -> str | None:
 
 def initialize(root: Path) -> str:
     """Make ``root`` a store and return its id (the one that it has, where it is one already)."""
+    store = LocalStore(str(root))
+    store.check_root()
     existing = store_id(root)
     if existing is not None:
         return existing
     new_id = secrets.token_hex(16)
-    store = LocalStore(str(root))
     with store.opened_root() as descriptor:
         store.create_file(descriptor, MARKER, [f"{new_id}\n".encode("ascii")], replace=False)
     return new_id
@@ -87,18 +88,27 @@ def _not_mounted(root: Path, found: str | None, otherwise: str = "") -> FinalErr
 
 
 def remember(place: str, identifier: str, memory: Path) -> None:
-    """Write down that the store at ``place`` has this id, so that a missing mount is noticed."""
-    memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Write down that the store at ``place`` has this id, so that a missing mount is noticed.
+
+    Raises `FinalError` where ``memory`` can't be read or written.
+    """
     document = {**_remembered(memory), str(Path(place).absolute()): identifier}
     temporary = memory.with_name(f"{memory.name}.{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(memory)
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(memory)
+    except OSError as error:
+        raise FinalError(
+            f"ATHENA_HOME: {error.filename} can't be written: {error.strerror}",
+            next_step="make it writable, or set ATHENA_HOME to a directory that is",
+        ) from None
 
 
 def _remembered(memory: Path) -> dict[str, str]:
     try:
         document = json.loads(memory.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # who can't make it either says so in `remember`
         return {}
     except (OSError, ValueError) as error:
         raise FinalError(
@@ -320,6 +330,11 @@ class LocalStore:
                 f"the store's directory {self._root} does not exist", next_step="mount or make it, then try again"
             ) from None
         except OSError as error:
+            if error.errno in _NOT_OURS:
+                raise FinalError(
+                    f"the store's directory {self._root} can't be opened: {error.strerror}",
+                    next_step="name a directory in OBJECT_STORE_LOCATION_LOCAL, or in the store's block",
+                ) from None
             raise _translated(error, str(self._root)) from error
         try:
             if self._identifier is not None:

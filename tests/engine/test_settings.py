@@ -107,7 +107,11 @@ def test_the_platforms_json_is_read_nested_and_dotted(tmp_path: Path, monkeypatc
         ("AWS_ACCESS_KEY", "hunter2", "AWS_ACCESS_KEY is given without AWS_SECRET_KEY"),
         ("AWS_SECRET_KEY", "hunter2", "AWS_SECRET_KEY is given without AWS_ACCESS_KEY"),
         ("ATHENA_COPY_TO", "athena-s3-store/second", "ATHENA_COPY_TO"),
-        ("ATHENA_CONFIG", "/nowhere/x.toml", "/nowhere/x.toml"),
+        (
+            "ATHENA_CONFIG",
+            "/nowhere/x.toml",
+            "/nowhere/x.toml can't be read: No such file or directory (correct the path",
+        ),
         ("ATHENA_VOLUMES", '{"edweb": "data/edweb"}', "edweb: 'data/edweb'"),
         ("ATHENA_VOLUMES", '{"edweb": ""}', "absolute"),
         ("ATHENA_API_KEYS", '["hunter2", ""]', "a key is empty"),

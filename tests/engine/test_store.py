@@ -319,3 +319,19 @@ class TestMarker:
     def test_a_directory_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(FinalError, match="does not exist"):
             open_local(str(tmp_path / "missing"), tmp_path / "stores.json")
+
+    def test_what_is_no_directory_is_named_with_its_setting(self, tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        file.write_text("")
+        for call in (lambda: open_local(str(file), tmp_path / "stores.json"), lambda: initialize(file)):
+            with pytest.raises(FinalError, match="OBJECT_STORE_LOCATION_LOCAL") as refused:
+                call()
+            # Of which the API would say that there is no such set.
+            assert not isinstance(refused.value, AbsentError)
+
+    @pytest.mark.parametrize("home", ["/dev/null/home", "/proc/home"])
+    def test_a_home_in_which_nothing_can_be_remembered_is_named_with_its_setting(
+        self, tmp_path: Path, home: str
+    ) -> None:
+        with pytest.raises(FinalError, match=f"ATHENA_HOME: {home} can't be written"):
+            open_local(str(tmp_path), Path(home) / "stores.json")
