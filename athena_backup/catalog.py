@@ -5,13 +5,14 @@ about it. Nothing here starts or stops an operation.
 """
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
-from athena_backup.errors import AbsentError, DeniedError, FinalError, UnusableSetError
+from athena_backup.errors import AbsentError, AthenaError, DeniedError, FinalError, UnusableSetError
 from athena_backup.manifest import (
     FAILURE,
     MANIFEST,
@@ -22,11 +23,13 @@ from athena_backup.manifest import (
     read_manifest,
     read_manifest_head,
 )
-from athena_backup.names import InvalidNameError, SetId, Timestamp
+from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_namespace
 from athena_backup.store import LOOKS_AT_ONCE, Store, read_document
 
 GLANCE_BYTES = 64 << 10
 """What a list reads of a manifest at most, in one request; `find_set` reads all of it."""
+_FOLDERS_LOOKED_INTO = 50
+"""Of a store's top, for namespaces: a bucket may have any number of other people's folders, each of which takes a listing."""
 _DELETING = "deleting"
 
 
@@ -68,6 +71,31 @@ def list_sets(store: Store, namespace: str) -> Iterator[CatalogEntry]:
         yield from (entry for entry in entries if entry is not None)
 
 
+def _namespaces(store: Store) -> list[str]:
+    """The namespaces that have sets in the store, of the first `_FOLDERS_LOOKED_INTO` folders at its top; raises its errors."""
+    found = []
+    for folder in itertools.islice(store.folders(""), _FOLDERS_LOOKED_INTO):
+        with contextlib.suppress(InvalidNameError, DeniedError):
+            if _has_sets(store, parse_namespace(folder)):
+                found.append(folder)
+    return found
+
+
+def _has_sets(store: Store, namespace: str) -> bool:
+    # A folder alone is no set: see `_look`.
+    return any(next(store.entries(one.prefix), None) is not None for one in _set_ids(store, namespace))
+
+
+def nothing_of(store: Store, namespace: str) -> str:
+    """What to say of a namespace without sets: that there is none, and the namespaces that have some."""
+    others: list[str] = []
+    # They are only told beside: our permissions may end at our own folder.
+    with contextlib.suppress(AthenaError):
+        others = _namespaces(store)
+    told = f"; it has sets of: {', '.join(others)}" if others else ""
+    return f"no set of namespace {namespace} in this store{told}"
+
+
 def _set_ids(store: Store, namespace: str) -> Iterator[SetId]:
     for folder in store.folders(f"{namespace}/"):
         with contextlib.suppress(InvalidNameError):
@@ -100,9 +128,7 @@ def whole_manifest(store: Store, set_id: SetId) -> Manifest:
     """The manifest of a set that can be restored; raises `AbsentError` or `UnusableSetError` saying why there is none."""
     entry = find_set(store, set_id)
     if entry is None:
-        raise AbsentError(
-            f"there is no backup set {set_id}", next_step="GET /backup/list shows the sets that there are"
-        )
+        raise _absent(store, set_id)
     if entry.state is not SetState.SUCCESS or entry.manifest is None:
         raise UnusableSetError(
             f"backup set {set_id} can't be restored: {entry.status}", next_step="choose a set with status Success"
@@ -117,9 +143,7 @@ def delete_set(store: Store, set_id: SetId) -> None:
     nobody writes or restores it.
     """
     if find_set(store, set_id) is None:
-        raise AbsentError(
-            f"there is no backup set {set_id}", next_step="GET /backup/list shows the sets that there are"
-        )
+        raise _absent(store, set_id)
     # Where this may not delete, it is refused here already: a mark that nobody could take away would take the set away.
     store.delete([f"{_mark(set_id)}-probe"])
     store.put(_mark(set_id), b"")
@@ -127,6 +151,17 @@ def delete_set(store: Store, set_id: SetId) -> None:
     store.delete([entry.key for entry in store.entries(set_id.prefix)])
     store.sweep(set_id.prefix)
     store.delete([_mark(set_id)])
+
+
+def _absent(store: Store, set_id: SetId) -> AbsentError:
+    cause = f"there is no backup set {set_id}"
+    if not _has_sets(store, set_id.namespace):
+        cause = f"{cause}, and {nothing_of(store, set_id.namespace)}"
+    return AbsentError(
+        cause,
+        next_step=f"`athena-backup list --namespace {set_id.namespace}` shows the sets that there are, and GET /backup/list"
+        " those of the service's own namespace",
+    )
 
 
 def _look(

@@ -18,9 +18,9 @@ from uuid import UUID
 import httpx
 import typer
 
-from athena_backup.catalog import list_sets
+from athena_backup.catalog import list_sets, nothing_of
 from athena_backup.errors import AthenaError, FinalError
-from athena_backup.names import InvalidNameError, SetId
+from athena_backup.names import InvalidNameError, SetId, parse_namespace
 from athena_backup.settings import Settings, load_settings, shown
 
 app = typer.Typer(
@@ -218,13 +218,22 @@ def copy(
 
 @app.command("list")
 @_told
-def list_() -> int:
-    """List the backup sets of the own namespace, oldest first."""
+def list_(
+    *, namespace: Annotated[str | None, typer.Option(help="Of another namespace than the service's own.")] = None
+) -> int:
+    """List the backup sets of a namespace, oldest first."""
     from blocks.stores import open_store
 
     settings = _with_store()
-    for entry in list_sets(open_store(settings), settings.athena_namespace):
+    namespace = settings.athena_namespace if namespace is None else parse_namespace(namespace)
+    store = open_store(settings)
+    is_empty = True
+    for entry in list_sets(store, namespace):
+        is_empty = False
         typer.echo(f"{entry.set_id.timestamp}  {entry.status}")
+    if is_empty:
+        # What is written to stdout is read by scripts, a set a line.
+        typer.echo(nothing_of(store, namespace), err=True)
     return 0
 
 

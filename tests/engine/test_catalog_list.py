@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 import obstore
 import pytest
 
-from athena_backup.catalog import GLANCE_BYTES, SetState, delete_set, find_set, list_sets, whole_manifest
-from athena_backup.errors import DamagedError, FinalError
+from athena_backup.catalog import GLANCE_BYTES, SetState, delete_set, find_set, list_sets, nothing_of, whole_manifest
+from athena_backup.errors import AbsentError, DamagedError, FinalError, UnavailableError
 from athena_backup.manifest import (
     FAILURE,
     MANIFEST,
@@ -191,6 +191,31 @@ def test_what_lies_beside_the_sets_is_neither_read_nor_touched(store: Store, mon
     assert found.state is SetState.SUCCESS
     assert read == [set_id(0, "beside").prefix + MANIFEST]
     assert {key: read_document(store, key) for key in foreign} == foreign
+
+
+def test_who_looks_in_the_wrong_namespace_is_told_the_ones_that_have_sets(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert nothing_of(store, "app") == "no set of namespace app in this store"
+    foreign = ("photos/2026/x.jpg", "a b/2026-11-23t12-00-00/manifest.json", "empty/marks/x", "2026-11-23t12-00-00/x")
+    for key in (*foreign, set_id(0).prefix + MANIFEST, set_id(1, "prod").prefix + FAILURE):
+        store.put(key, b"")
+    told = "no set of namespace new in this store; it has sets of: app, prod"
+    assert nothing_of(store, "new") == told
+    for call in (whole_manifest, delete_set):
+        with pytest.raises(AbsentError) as refused:
+            call(store, set_id(0, "new"))
+        assert told in refused.value.cause
+        assert "`athena-backup list --namespace new`" in refused.value.next_step
+        with pytest.raises(AbsentError) as refused:
+            call(store, set_id(5))
+        assert refused.value.cause == f"there is no backup set {set_id(5)}"
+
+    def refuse(self: Store, prefix: str) -> Iterator[str]:
+        raise UnavailableError(prefix)
+
+    monkeypatch.setattr(type(store), "folders", refuse)
+    assert nothing_of(store, "app") == "no set of namespace app in this store"
 
 
 class TestHead:
