@@ -36,7 +36,7 @@ from adapter.patience import patient_client
 from athena_backup.backup import software
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
 from athena_backup.errors import AbsentError, AthenaError, UnusableSetError
-from athena_backup.names import InvalidNameError, SetId, Timestamp
+from athena_backup.names import InvalidNameError, SetId, Timestamp, shortened
 from athena_backup.settings import Settings
 from athena_backup.store import Store
 from blocks.keys import is_known
@@ -438,7 +438,7 @@ def _add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404:
-            return answer(404, f"there is no {request.url.path}; the API is described under {PREFIX}/docs")
+            return answer(404, f"there is no {shortened(request.url.path)}; the API is described under {PREFIX}/docs")
         return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)

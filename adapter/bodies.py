@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_namespace
+from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_namespace, shortened
 from flows.requests import BackupRequest, RestoreRequest
 
 BODY_LIMIT_BYTES = 64 << 10
@@ -42,7 +42,9 @@ class Body:
             self.faults.append(f"{name} has to be a text")
             return None
         if _PLACEHOLDER.search(value):
-            self.faults.append(f"{name} still holds the placeholder {value!r}: put the real value in its place")
+            self.faults.append(
+                f"{name} still holds the placeholder {shortened(repr(value))}: put the real value in its place"
+            )
             return None
         try:
             check(value)
@@ -64,7 +66,7 @@ class Body:
     def finish(self) -> None:
         """Raise `BodyError` with every fault, members that nobody knows included."""
         if self.members:
-            self.faults.append("unknown members: " + ", ".join(sorted(self.members)))
+            self.faults.append("unknown members: " + shortened(", ".join(sorted(self.members))))
         if self.faults:
             raise BodyError("; ".join(self.faults))
 
@@ -169,12 +171,13 @@ def _services(services: object, faults: list[str]) -> tuple[tuple[str, ...], tup
         return (), ()
     disabled = []
     for name, switches in services.items():
+        shown = f"svcs.{shortened(str(name))}"
         if not isinstance(switches, Mapping) or not set(switches) <= {"disable", "disabled"}:
-            faults.append(f'svcs.{name} has to be {{"disable": true}} or {{"disable": false}}')
+            faults.append(f'{shown} has to be {{"disable": true}} or {{"disable": false}}')
             continue
         values = list(switches.values())
         if not all(isinstance(value, bool) for value in values) or len(set(values)) > 1:
-            faults.append(f"svcs.{name}: disable has to be true or false, and disabled the same")
+            faults.append(f"{shown}: disable has to be true or false, and disabled the same")
             continue
         if True in values:
             disabled.append(str(name))

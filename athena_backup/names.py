@@ -16,10 +16,18 @@ Attempt = NewType("Attempt", str)
 RESERVED_COMPONENT_NAME = "postgres"
 """Means *all databases* in the ``svcs`` of a restore (contract, section 2), so no component may bear it."""
 
+_QUOTED_CHARACTERS = 100
 _TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}t\d{2}-\d{2}-\d{2}", re.ASCII)
 _TIMESTAMP_FORMAT = "%Y-%m-%dt%H-%M-%S"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _ATTEMPT = re.compile(r"[0-9a-f]{12}", re.ASCII)
+
+
+def shortened(text: str) -> str:
+    """A text from outside as an error may quote it: a longer one than 100 characters is cut there, with its length behind."""
+    if len(text) <= _QUOTED_CHARACTERS:
+        return text
+    return f"{text[:_QUOTED_CHARACTERS]}... ({len(text)} characters)"
 
 
 class InvalidNameError(ValueError):
@@ -41,7 +49,7 @@ class Timestamp:
         """Read ``YYYY-MM-DDthh-mm-ss``; raises `InvalidNameError` for anything else, dates that don't exist included."""
         if not isinstance(text, str) or not _TIMESTAMP.fullmatch(text):
             raise InvalidNameError(
-                f"timestamp {text!r} is not of the form YYYY-MM-DDthh-mm-ss (UTC, a lower-case t), "
+                f"timestamp {shortened(repr(text))} is not of the form YYYY-MM-DDthh-mm-ss (UTC, a lower-case t), "
                 "such as 2023-02-02t16-00-00"
             )
         try:
@@ -78,7 +86,7 @@ def parse_component_name(text: str) -> str:
 def _parse_name(text: str, what: str, example: str) -> str:
     if not isinstance(text, str) or not _NAME.fullmatch(text):
         raise InvalidNameError(
-            f"{what} {text!r} is not allowed: 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit, "
+            f"{what} {shortened(repr(text))} is not allowed: 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit, "
             f"such as {example!r}"
         )
     return text

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from athena_backup.names import RESERVED_COMPONENT_NAME, SetId, Timestamp, parse_namespace
+from athena_backup.names import RESERVED_COMPONENT_NAME, SetId, Timestamp, parse_namespace, shortened
 
 
 def _timestamp_text(text: str) -> str:
@@ -86,4 +86,6 @@ def unknown_names(named: Iterable[str], known: Collection[str]) -> str | None:
     unknown = [name for name in named if name != RESERVED_COMPONENT_NAME and name not in known]
     if not unknown:
         return None
-    return f"neither the set nor this service has {', '.join(unknown)}; there are: {', '.join(sorted(known))}"
+    return (
+        f"neither the set nor this service has {shortened(', '.join(unknown))}; there are: {', '.join(sorted(known))}"
+    )

@@ -335,6 +335,11 @@ class TestBodies:
             ),
             ('{"timestamp": "2001-01-01t00-00-00", "svcs": {"gitserver": {"disable": 1}}}', ["svcs.gitserver"]),
             ('{"x": "' + "y" * 70_000 + '"}', ["longer than"]),
+            ('{"timestamp": "' + "2" * 60_000 + '"}', ["'2222", "... (60002 characters)"]),
+            (
+                '{"{' + "x" * 30_000 + '}": 1, "svcs": {"' + "y" * 30_000 + '": 1}}',
+                ["{xxx", "... (30002 characters)", "svcs.yyy", "... (30000 characters)"],
+            ),
         ],
     )
     def test_every_fault_of_a_restore_body_is_named(
@@ -343,6 +348,7 @@ class TestBodies:
         answer = service.call("POST", "/ondemandrestore", body)
         assert answer.status_code == 422
         assert [word for word in named if word not in message(answer)] == []
+        assert len(message(answer)) < 1_000
 
     @pytest.mark.parametrize(("typo", "shown"), [("gitsrever", "gitsrever"), ("\ud800", r"\ud800")])
     def test_a_typo_in_svcs_is_refused_because_it_would_overwrite(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_component_name, parse_namespace
+from athena_backup.names import InvalidNameError, SetId, Timestamp, parse_component_name, parse_namespace, shortened
 
 
 @given(st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 31)))  # noqa: DTZ001 - made aware below
@@ -36,6 +36,16 @@ def test_what_is_no_timestamp_is_refused_with_its_text_and_a_right_one(text: str
     with pytest.raises(InvalidNameError) as refused:
         Timestamp.parse(text)
     assert repr(text) in str(refused.value)
+
+
+def test_of_what_is_very_long_an_error_quotes_the_beginning() -> None:
+    for parse in (Timestamp.parse, parse_namespace, parse_component_name):
+        with pytest.raises(InvalidNameError) as refused:
+            parse("2023" * 15_000)
+        assert "'20232023" in str(refused.value)
+        assert "... (60002 characters)" in str(refused.value)
+        assert len(str(refused.value)) < 400
+    assert shortened("x" * 100) == "x" * 100
 
 
 @pytest.mark.parametrize("text", ["..", ".", "", "a/b", "a\0b", "-a", "ä", "a" * 64, "a b", ".athena-x", "a\n"])
