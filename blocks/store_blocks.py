@@ -37,6 +37,10 @@ _OF_SETTINGS = (
 _Block = TypeVar("_Block", bound=Block)
 
 
+class NoBlockError(FinalError):
+    """Prefect has no store block of that name."""
+
+
 class AthenaS3Store(Block):
     """Backup sets in a bucket of S3, or of a server that speaks its protocol."""
 
@@ -240,7 +244,8 @@ def block_of(settings: Settings) -> StoreBlock:
 def load_block(name: str) -> StoreBlock:
     """The store block ``name``, or ``slug/name`` where several kinds have one of that name.
 
-    Raises `FinalError` if there is none or more than one, and `UnavailableError` if Prefect can't be asked.
+    Raises `NoBlockError` if there is none, `FinalError` if there is more than one, and `UnavailableError` if Prefect can't be
+    asked.
     """
     if not get_current_settings().api.url:
         # Prefect's client would start a server of its own, which has no such block.
@@ -255,7 +260,7 @@ def load_block(name: str) -> StoreBlock:
         slugs = ", ".join(f"{type(block).get_block_type_slug()}/{plain}" for block in found)
         raise FinalError(f"there are several store blocks {name}", next_step=f"name one of them in full: {slugs}")
     if not found:
-        raise FinalError(
+        raise NoBlockError(
             f"Prefect has no store block {name}",
             next_step="make it in Prefect's UI under Blocks (an Athena ... store), or correct the name",
         )

@@ -11,10 +11,11 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from athena_backup.catalog import SetState, list_sets
-from athena_backup.errors import AthenaError, UnavailableError
+from athena_backup.errors import AthenaError, FinalError, UnavailableError
 from athena_backup.settings import Settings
+from athena_backup.store import Store
 from blocks.keys import ApiKeys, load_hashes, make_key
-from blocks.store_blocks import register
+from blocks.store_blocks import NoBlockError, register
 from blocks.stores import open_store
 from deployments.checkup import refuse_overlaps
 from flows.copies import bury_dead_copies
@@ -43,9 +44,9 @@ def prepare(settings: Settings) -> str | None:
 
     Raises the store's final errors: a service that its store refuses must not say that it runs.
     """
-    # First: a store block that is missing can then be made in Prefect's UI.
+    # First: a store block that is missing can then be made in the UI of a Prefect server that is not our own.
     register(settings)
-    store = open_store(settings)
+    store = _opened_store(settings)
     if settings.athena_store_block is not None and store.location.type == "local":
         refuse_overlaps(settings, store.location.place)
     namespace = settings.athena_namespace
@@ -64,6 +65,20 @@ def prepare(settings: Settings) -> str | None:
     if settings.athena_api_keys or load_hashes(namespace):
         return None
     return make_key(namespace)
+
+
+def _opened_store(settings: Settings) -> Store:
+    try:
+        return open_store(settings)
+    except NoBlockError as error:
+        if settings.prefect_api_url is not None:
+            raise
+        # Our own server ends with this start, and its UI with it.
+        raise FinalError(
+            f"{error.cause}: the service's own server has its blocks in {settings.prefect_home}",
+            next_step="unset ATHENA_STORE_BLOCK and give the store's own variables, or start once without it, make the block in"
+            " Prefect's UI, and start again",
+        ) from None
 
 
 def is_served(settings: Settings, mark: str) -> bool:

@@ -11,6 +11,11 @@ import httpx
 import pytest
 from service import ROOT, Service, await_true
 
+from athena_backup.errors import FinalError
+from athena_backup.settings import Settings
+from athena_backup.store import Store
+from blocks.store_blocks import NoBlockError
+from deployments import preparation
 from deployments.embedded_stores import EmbeddedS3
 
 SECRETS = {
@@ -250,6 +255,22 @@ def test_a_block_that_nobody_made_and_a_server_that_is_down_are_told_apart(servi
     assert "FAIL  store: the store block missing can't be read: the Prefect server does not answer" in checked.stdout
     checked = service.command("check", ATHENA_HOME=str(tmp_path), **down)
     assert "FAIL  store: the store block missing is kept by a Prefect server, and none is known here" in checked.stdout
+
+
+@pytest.mark.parametrize("address", [None, "http://127.0.0.1:1/api"])
+def test_a_start_whose_own_prefect_server_has_no_such_block_does_not_send_anybody_to_its_ui(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str | None
+) -> None:
+    """The server ends with that start; the block went with its database, on the worst day."""
+
+    def absent(settings: Settings) -> Store:
+        raise NoBlockError(f"Prefect has no store block {settings.athena_store_block}", next_step="make it")
+
+    monkeypatch.setattr(preparation, "register", lambda settings: None)
+    monkeypatch.setattr(preparation, "open_store", absent)
+    with pytest.raises(FinalError, match="Prefect has no store block lost") as refused:
+        preparation.prepare(Settings(athena_home=tmp_path, athena_store_block="lost", prefect_api_url=address))
+    assert refused.value.next_step.startswith("make it" if address else "unset ATHENA_STORE_BLOCK and give the store's")
 
 
 def test_sets_are_listed_with_prefect_down_when_the_store_is_no_block(service: Service) -> None:
