@@ -23,7 +23,7 @@ _STATX_BYTES = 256
 _MASK, _BIRTH = struct.Struct("=I"), struct.Struct("=qI")
 _BIRTH_OFFSET = 80
 _COARSE_NANOSECONDS = 20_000_000
-"""By which the clock that dates what is made may differ from ours: a tick of it, and some more (clock_gettime(2))."""
+"""By which the clock that dates what is made may be behind ours: a tick of it, and some more (clock_gettime(2))."""
 
 
 class Lost(NamedTuple):
@@ -70,8 +70,8 @@ class Moved:
     ) -> Iterator[Found]:
         """Those of the numbers ``sought`` that are still somewhere below the open ``root``, and not read yet.
 
-        One that was made since the walk began has but taken over the number of one that is gone. Names at the root that begin
-        with ``skip`` are left out.
+        One that was made since the walk began has but taken over the number of one that is gone; one that may have been is left
+        out too. Names at the root that begin with ``skip`` are left out.
         """
         for found in _folders(root, device, depth_limit, check, skip):
             is_wanted = found.inode in sought and not self.is_entered(found.inode)
@@ -79,8 +79,16 @@ class Moved:
                 yield found
 
     def _is_new(self, folder: int) -> bool:
-        born_ns = _birth_ns(folder)
-        return born_ns is not None and born_ns > self.began_ns + _COARSE_NANOSECONDS
+        """Whether a folder may have been made since the walk began.
+
+        An old one that is taken for a new one is told as vanished, a new one that is taken for an old one is stored under a name
+        that it never had: what is as young as the walk is believed to be new.
+        """
+        made_ns = _birth_ns(folder)
+        if made_ns is None:
+            # No birth is later than the last change of what is in the folder, and a rename of the folder itself is none.
+            made_ns = os.fstat(folder).st_mtime_ns
+        return made_ns > self.began_ns - _COARSE_NANOSECONDS
 
 
 def files_below(folder: int, device: int, depth_limit: int, check: Callable[[], None]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tree_picture import picture
 
-from athena_backup import volume_members
+from athena_backup import volume_members, volume_moved
 from athena_backup.errors import FinalError
 from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
@@ -18,15 +18,17 @@ from athena_backup.store.local import LocalStore
 from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_entry import Entry
 from athena_backup.volume_extract import read_volume
-from athena_backup.volume_moved import _COARSE_NANOSECONDS
+from athena_backup.volume_moved import _COARSE_NANOSECONDS, Moved
 from athena_backup.volume_walk import Walk
 
 SET_ID = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``first`` is read before ``middle``, and that before ``zeta``, which has the most in it."""
+    # What a test made a moment before its walk is to be old.
+    monkeypatch.setattr(volume_moved, "_COARSE_NANOSECONDS", 0)
     place = tmp_path / "live"
     for name in ("first/file", "middle/file", "zeta/file", "zeta/deep/down/file", "zeta/deep/other"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +182,31 @@ def test_a_new_folder_with_the_number_of_a_deleted_one_is_not_taken_for_it(root:
         pytest.skip("this file system did not use the number again")
     assert walk.vanished == ["zeta"]
     assert not any(path.startswith("zeta") for path in paths)
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["birth-told", "birth-unknown"])
+@pytest.mark.parametrize(
+    ("made_after_ns", "is_found"),
+    [(-2 * _COARSE_NANOSECONDS, True), (-_COARSE_NANOSECONDS // 2, False), (_COARSE_NANOSECONDS // 2, False)],
+    ids=["before", "at-once", "after"],
+)
+def test_a_folder_that_may_be_as_young_as_the_walk_is_not_taken_for_a_lost_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool, made_after_ns: int, is_found: bool
+) -> None:
+    """Its files would stand under a name that they never had; NFS may not tell when it was made, but when it was changed."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    status = folder.stat()
+    monkeypatch.setattr(volume_moved, "_birth_ns", lambda _: status.st_mtime_ns if is_told else None)
+    if is_told:
+        os.utime(folder, ns=(0, 0))
+    moved = Moved(began_ns=status.st_mtime_ns - made_after_ns)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        found = [one.inode for one in moved.seek({status.st_ino}, root, status.st_dev, 1, lambda: None, b".athena-")]
+    finally:
+        os.close(root)
+    assert found == ([status.st_ino] if is_found else [])
 
 
 def test_a_folder_that_may_not_be_entered_is_not_sought_elsewhere(root: Path) -> None:
