@@ -91,19 +91,25 @@ def _mount_faults(root: Path, facts: VolumeFacts) -> list[AthenaError]:
 def _other_file_systems(root: Path, facts: VolumeFacts) -> list[str]:
     """Folders of other file systems that no list of mounts shows, as subvolumes of btrfs: at the root, and where backups met them."""
     device = os.stat(root).st_dev
-    at_root = [path for path in root.iterdir() if not path.name.startswith(STAGING_PREFIX.decode())]
+
+    def is_other(status: os.stat_result) -> bool:
+        return stat.S_ISDIR(status.st_mode) and status.st_dev != device
+
+    found: list[Path] = []
+    # One by one, and only what is found is kept: a volume's root may have a million names.
+    with os.scandir(root) as items:
+        for item in items:
+            if item.is_dir(follow_symlinks=False) and not item.name.startswith(STAGING_PREFIX.decode()):
+                with contextlib.suppress(OSError):
+                    if is_other(item.stat(follow_symlinks=False)):
+                        found.append(root / item.name)
     # A set may come from anywhere: what it names is looked at only below the root.
-    named = [
-        place for place in map(Path, facts.other_file_systems) if not place.is_absolute() and ".." not in place.parts
-    ]
-    places = dict.fromkeys([*at_root, *(root / place for place in named)])
-    found = []
-    for place in places:
-        with contextlib.suppress(OSError):
-            status = os.lstat(place)
-            if stat.S_ISDIR(status.st_mode) and status.st_dev != device:
-                found.append(str(place))
-    return found
+    for place in map(Path, facts.other_file_systems):
+        if not place.is_absolute() and ".." not in place.parts:
+            with contextlib.suppress(OSError):
+                if is_other(os.lstat(root / place)):
+                    found.append(root / place)
+    return [str(place) for place in dict.fromkeys(found)]
 
 
 def preflight_room(restored: Sequence[tuple[Component, Path]]) -> list[AthenaError]:

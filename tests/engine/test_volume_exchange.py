@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -469,6 +470,31 @@ def test_another_file_system_inside_that_no_list_of_mounts_shows_is_a_fault_and_
     assert f"{live}/both/sub is another file system inside {live}" in fault
     assert "another file system, which is not removed" in kept
     assert is_there == "True"
+
+
+def test_other_file_systems_are_found_once_each_without_keeping_all_names_of_the_root(
+    component: Component, live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert component.volume is not None
+    for number in range(2_000):
+        os.mknod(live / f"a-file-with-a-name-{number}")
+    (live / STAGING).mkdir()
+    (live / "both" / "sub").mkdir()
+    (live / "link").symlink_to("both")
+    named = ("both", "both/inner", "both/sub", "both/sub", "gone", "link", "../live/both", str(live / "both"))
+    facts = component.volume.model_copy(update={"other_file_systems": named})
+    assert volume_preflight._other_file_systems(live, facts) == []
+    elsewhere = os.stat("/proc")
+    tracemalloc.start()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", lambda _: elsewhere)
+            found = volume_preflight._other_file_systems(live, facts)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sorted(found) == [str(live / place) for place in ("both", "both/sub", "turns")]
+    assert peak_bytes < 100_000
 
 
 def test_volumes_on_one_file_system_need_room_for_all_of_them(
