@@ -33,7 +33,8 @@ from athena_backup.schedule import Schedule, parse_schedule
 from athena_backup.store import StoreType
 
 MASK = "********"
-_PASSWORD_IN_ADDRESS = re.compile(r"(?<=://)([^/@:]*:)[^/@]*(?=@)")
+# Up to the last "@": a password that is not percent-encoded may have any letter. Where there is no ":" there is none.
+_PASSWORD_IN_ADDRESS = re.compile(r"^(?!/)((?:[^:/]*://)?+[^:]*:).*(?=@)", re.DOTALL)
 _PASSWORD_IN_QUERY = re.compile(r"([?&]\w*(?:password|secret|token|key)\w*=)[^&#]*", re.IGNORECASE)
 
 # The platform's JSON document, member by member (contract, section 1).
@@ -299,7 +300,7 @@ def shown(settings: Settings) -> dict[str, Any]:
 
 
 def masked_url(url: str) -> str:
-    """A URL for people to read: what may be a password in it is masked."""
+    """A URL for people to read: what may be a password in it is masked, though it be more than that (a port before an ``@``)."""
     return _PASSWORD_IN_QUERY.sub(rf"\1{MASK}", _PASSWORD_IN_ADDRESS.sub(rf"\1{MASK}", url))
 
 

@@ -295,6 +295,8 @@ def _why_no_answer() -> str:
     # Its text would name the address with what it may hold of passwords.
     if isinstance(problem, httpx.HTTPStatusError):
         return f"HTTP status {problem.response.status_code}"
+    if isinstance(problem, (httpx.InvalidURL, ValueError)):
+        return "it, or a proxy's address, is no URL: percent-encode what is special in user and password"
     return "" if problem is None else str(problem) or type(problem).__name__
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 from authority import Authority
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from service import ROOT, Service
 
 from athena_backup.settings import Settings
-from deployments.service import service_environment
+from deployments.service import _why_no_answer, service_environment
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("7", "7")])
@@ -112,3 +113,13 @@ def test_a_prefect_server_of_ones_own_is_asked_as_prefects_clients_ask_it(author
 
 def test_the_line_end_of_a_mounted_file_is_no_part_of_prefects_address() -> None:
     assert Settings(prefect_api_url="http://127.0.0.1:4200/api/\n").prefect_api_url == "http://127.0.0.1:4200/api"
+
+
+@pytest.mark.parametrize("password", ["hunter2/", "hunter2#"])
+def test_an_address_that_is_no_url_is_refused_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    with temporary_settings({PREFECT_API_URL: f"http://user:{password}@127.0.0.1:1/api"}):
+        why = _why_no_answer()
+    assert "hunter2" not in why
+    assert "percent-encode" in why

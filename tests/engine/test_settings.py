@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from athena_backup.settings import ConfigurationError, Settings, load_settings, shown
+from athena_backup.settings import ConfigurationError, Settings, load_settings, masked_url, shown
 
 DATABASES = '{"asp": "postgresql://user:hunter2@db/asp"}'
 
@@ -161,6 +161,25 @@ def test_a_password_in_an_address_is_masked(name: str, value: str, monkeypatch: 
     text = str(shown(load_settings())[name])
     assert "hunter2" not in text
     assert "://u:***" in text
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://user:pa/ssword@host:4200/api", "http://user:********@host:4200/api"),
+        ("http://user:p@ss@host/api", "http://user:********@host/api"),
+        ("http://me@home:p?a#s:/@s@[::1]:4200/api", "http://me@home:********@[::1]:4200/api"),
+        ("user:pass@host/api", "user:********@host/api"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("https://host:8080/a", "https://host:8080/a"),
+        # The same as a user "host" with the password "8080/a".
+        ("https://host:8080/a@b", "https://host:********@b"),
+        ("/foo@bar", "/foo@bar"),
+        ("/backup/12:00@home", "/backup/12:00@home"),
+    ],
+)
+def test_a_password_that_is_not_encoded_is_masked_as_a_whole(url: str, expected: str) -> None:
+    assert masked_url(url) == expected
 
 
 @pytest.mark.parametrize("kind", ["local", "s3", "azure-blob-storage", "gcp-cloud-storage"])
