@@ -10,7 +10,7 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +24,9 @@ _MASK, _BIRTH = struct.Struct("=I"), struct.Struct("=qI")
 _BIRTH_OFFSET = 80
 _COARSE_NANOSECONDS = 20_000_000
 """By which the clock that dates what is made may be behind ours: a tick of it, and some more (clock_gettime(2))."""
+
+_STEP_NANOSECONDS = 2_000_000_000
+"""Of the times of folders, where they have the longest steps (FAT)."""
 
 
 class Lost(NamedTuple):
@@ -51,6 +54,11 @@ class Moved:
     def lose(self, inode: int, lost: Lost) -> bool:
         """Note a folder that was not there any more; False where another one has its number: it can't be found by that."""
         return self._lost.setdefault(inode, lost) == lost
+
+    def forget(self, inodes: Iterable[int]) -> None:
+        """Take back what was noted of folders that are not lost."""
+        for inode in inodes:
+            self._lost.pop(inode, None)
 
     def enter(self, inode: int) -> None:
         """Note a folder that is read, under whatever name."""
@@ -89,6 +97,12 @@ class Moved:
             # No birth is later than the last change of what is in the folder, and a rename of the folder itself is none.
             made_ns = os.fstat(folder).st_mtime_ns
         return made_ns > self.began_ns - _COARSE_NANOSECONDS
+
+
+def last_change_ns(folder: int) -> int | None:
+    """When the names in an open folder last changed; None if so lately that another change might not show. Raises `OSError`."""
+    changed_ns = os.fstat(folder).st_ctime_ns
+    return changed_ns if changed_ns < time.time_ns() - _STEP_NANOSECONDS else None
 
 
 def files_below(folder: int, device: int, depth_limit: int, check: Callable[[], None]) -> int:

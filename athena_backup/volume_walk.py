@@ -27,7 +27,7 @@ from athena_backup.volume_entry import (
     reading,
     shown,
 )
-from athena_backup.volume_moved import Lost, Moved, files_below
+from athena_backup.volume_moved import Lost, Moved, files_below, last_change_ns
 
 STAGING_PREFIX = b".athena-"
 """Names at the root of a volume that are ours; never backed up."""
@@ -35,6 +35,8 @@ DEPTH_LIMIT = 250
 """Folders within folders; each holds a descriptor open while what is below it is read."""
 _SEARCHES = 3
 """How often renamed folders are sought: while what is in them is read, others in them may be renamed."""
+_OWN_NUMBERS = 8
+"""Of so many folders the listing has another number though nothing in their parents changed, before no number is believed."""
 PATH_LIMIT_SEGMENTS = DEPTH_LIMIT + 4
 """Of any path that the walk gives: git's order goes down to `objects/info/commit-graphs/*` without counting."""
 
@@ -79,7 +81,9 @@ class Walk:
     _ahead: Ahead | None = None
     _moved: Moved = field(default_factory=Moved)
     _numbers_agree: bool = True
-    """Whether listings have the inode numbers that looks have: not on every overlay."""
+    """Whether listings have the inode numbers that looks have: not on every overlay, nor on FAT or every SMB share."""
+    _misnumbered: list[int] = field(default_factory=list)
+    """Numbers that listings had for folders where looks had others, and nobody can have replaced the folder."""
 
     def entries(self, root: int | None = None) -> Iterator[Entry]:
         """Every entry below the root, a directory after its content, the root itself (path ``.``) last.
@@ -107,6 +111,8 @@ class Walk:
             raise FinalError(
                 f"{shown(path)} lies more than {DEPTH_LIMIT} folders deep", next_step="is it made by mistake?"
             )
+        with reading(path or b"."):
+            rested_ns = last_change_ns(folder)
         names, folders = self._listing(folder, path)
         if volume_git.is_repository(folder, names):
             yield from volume_git.repository(self, folder, path, names, depth)
@@ -114,7 +120,7 @@ class Walk:
         for name in self.ahead(folder, names):
             if not (is_passing and name.endswith(b".lock")):
                 inode = None if is_passing else folders.get(name)
-                yield from self.one(folder, path, name, depth, is_passing=is_passing, inode=inode)
+                yield from self.one(folder, path, name, depth, is_passing=is_passing, inode=inode, rested_ns=rested_ns)
 
     def names(self, folder: int, path: bytes) -> list[bytes]:
         """The names in an open directory, in order, without those that are ours."""
@@ -148,10 +154,12 @@ class Walk:
         *,
         is_passing: bool = False,
         inode: int | None = None,
+        rested_ns: int | None = None,
     ) -> Iterator[Entry]:
         """An entry and all that is below it; one that is gone is noted and passed over.
 
         ``inode``: of what was listed as a folder, its number. One that was renamed since is sought when all has been read.
+        ``rested_ns``: since when nothing had changed in the folder above when that was listed, if it is known.
         """
         own = path + name
         found = self.look(folder, own, name)
@@ -163,7 +171,7 @@ class Walk:
         if inode is not None:
             if not stat.S_ISDIR(status.st_mode):
                 self._lose(own, inode, is_replaced=True)
-            elif inner is not None and self._is_another(folder, name, status, inode):
+            elif inner is not None and self._is_another(folder, name, status, inode, rested_ns):
                 self._lose(own, inode, is_replaced=True)
                 self._moved.enter(status.st_ino)
             elif inner is not None:
@@ -186,7 +194,7 @@ class Walk:
         finally:
             os.close(inner)
 
-    def _is_another(self, folder: int, name: bytes, status: os.stat_result, inode: int) -> bool:
+    def _is_another(self, folder: int, name: bytes, status: os.stat_result, inode: int, rested_ns: int | None) -> bool:
         """Whether another folder is where one was listed."""
         if status.st_ino == inode or not self._numbers_agree:
             return False
@@ -197,7 +205,16 @@ class Walk:
             if any(os.fsencode(item.name) == name and item.inode() == inode for item in items):
                 self._numbers_agree = False
                 return False
-        return True
+        # Where every listing makes up its numbers, each folder would cost one of the folder above. Whoever replaces a folder
+        # changes that one: if it is as it was, the numbers differ by themselves.
+        with contextlib.suppress(OSError):
+            if rested_ns is not None and rested_ns == last_change_ns(folder):
+                self._misnumbered.append(inode)
+        if len(self._misnumbered) < _OWN_NUMBERS:
+            return True
+        self._numbers_agree = False
+        self._moved.forget(self._misnumbered)
+        return False
 
     def _moved_folders(self, root: int) -> Iterator[Entry]:
         """What was in folders that were renamed before the walk came to them, under the names that they had.

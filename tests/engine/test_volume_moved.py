@@ -1,5 +1,6 @@
 """Folders that are renamed while a volume is read: what was in them is in the backup all the same."""
 
+import itertools
 import os
 import shutil
 import time
@@ -228,6 +229,50 @@ def test_a_file_system_whose_listings_have_other_numbers_is_read_as_it_is(
     assert not walk._numbers_agree
     assert b"zeta/deep/down/file" in paths
     assert walk.vanished == []
+
+
+def test_where_every_listing_makes_up_numbers_no_folder_costs_another_listing_for_long(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on FAT and on an SMB share without its server's numbers."""
+    for number in range(30):
+        (root / f"sub-{number}").mkdir()
+    folders = sum(path.is_dir() for path in root.rglob("*")) + 1
+    scandir = os.scandir
+    listed: list[int] = []
+
+    def listing(folder: int) -> _Listing:
+        listed.append(folder)
+        return _Listing(scandir(folder))
+
+    made_up = itertools.count(1 << 40)
+    monkeypatch.setattr(_Item, "inode", lambda _: next(made_up))
+    monkeypatch.setattr("athena_backup.volume_walk.os.scandir", listing)
+    monkeypatch.setattr(volume_moved, "_STEP_NANOSECONDS", -(1 << 60))  # what was made a moment ago is at rest
+    walk = Walk(root, Operation())
+    paths = [entry.path for entry in walk.entries()]
+    assert (walk.vanished, walk.missed_files) == ([], 0)
+    assert {b"sub-29", b"zeta/deep/down/file"} <= set(paths)
+    assert len(listed) == folders + 8
+
+
+def test_however_many_folders_are_replaced_each_is_known_to_be_another(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10):
+        (root / f"sub-{number}").mkdir()
+        (root / f"sub-{number}" / "file").touch()
+    os.utime(root, ns=(1, 1))
+    # A time that can be set stands for the one that can't.
+    monkeypatch.setattr("athena_backup.volume_walk.last_change_ns", lambda folder: os.fstat(folder).st_mtime_ns)
+
+    def replace() -> None:
+        for number in range(10):
+            (root / f"sub-{number}").rename(root / "first" / f"before-{number}")
+            (root / f"sub-{number}").mkdir()
+
+    walk, _ = walked(root, b"first/file", replace)
+    assert sorted(walk.vanished) == [f"sub-{number}" for number in range(10)]
 
 
 class _Listing:
