@@ -16,26 +16,63 @@ _PROVIDER_SINCE = 150_000
 
 _HEAD = """# Restoring backup set {set_id} by hand
 
-Written by {software}. Everything below needs only stock tools: `zstd`, `tar`, and PostgreSQL's client programs of major
-version {major} or newer. `athena-backup` does all of this by itself, checks every byte on the way, and switches only whole
-components; use this page when it can't be had.
+Written by {software}. Everything below needs only stock tools: `zstd`, `tar`, `python3`, and PostgreSQL's client programs
+of major version {major} or newer. `athena-backup` does all of this by itself, checks every byte on the way, and switches only
+whole components; use this page when it can't be had.
 
-Copy the whole folder `{prefix}` out of the store, go into it, and run in one bash:
+Copy the whole folder `{prefix}` out of the store, go into it, and run all commands in one `bash` of their own (start it by
+`bash`): `-e` ends it at the first error, as it would end the shell that you work in.
 
 ```bash
 set -eo pipefail
-```
+{server}```
 
 `manifest.json` holds the SHA-256 of every part (`sha256sum` gives the same), the row count of every table, and each
 database's owner, rights and settings, which no dump of a single database holds.
 """
 
+_SERVER = """\
+export PGHOST=the-new-server PGPORT=5432 PGUSER=postgres PGPASSWORD=its-password   # change these, to a superuser's
+"""
+
 _DATABASES = """
 ## Databases
 
-Create the roles that the database refers to first (`globals/*.sql.zst` is for reading: take from it what you need), then
-each database from `template0`, then load it:
+Create the roles that the database refers to first. If the set has those of the servers, this prints them, for reading: take
+from it what you need.
+
+```bash
+for roles in globals/*.sql.zst; do if [ -e "$roles" ]; then zstd -dc < "$roles"; fi; done
+```
+
+Then create each database from `template0`, and load it:
 """
+
+_SETTINGS = """
+### Settings and rights of the databases
+
+This prints what belongs to each database and is in no dump: its rights (`acl`; `null`: those of every new database), comment,
+security labels, settings and limit of connections.
+
+```bash
+python3 -c '{script}'
+```
+
+Give it to them by `GRANT` and `REVOKE … ON DATABASE`, `COMMENT ON DATABASE`, `SECURITY LABEL ON DATABASE`, `ALTER DATABASE …
+CONNECTION LIMIT` and `ALTER DATABASE … SET name TO 'value'`; a setting with a role by `ALTER ROLE … IN DATABASE … SET`. The
+values of `search_path`, `temp_tablespaces` and the two `…_preload_libraries` are lists of names: no quotes around the whole,
+and `''` for an empty one, which is `""` here.
+"""
+
+# One line for a shell, so without a single quote.
+_SCRIPT = (
+    "import json; [print(json.dumps({name: one[name] for name in ("
+    + ", ".join(
+        f'"{name}"' for name in ("database", "owner", "acl", "comment", "labels", "settings", "connection_limit")
+    )
+    + ')}, indent=1, ensure_ascii=False)) for component in json.load(open("manifest.json", "rb"))["components"]'
+    ' if (one := component["database"])]'
+)
 
 _VOLUMES = """
 ## Volumes
@@ -55,10 +92,12 @@ def instructions(manifest: Manifest) -> str:
         prefix=manifest.set_id.prefix,
         major=major,
         name=INSTRUCTIONS,
+        server=_SERVER if databases else "",
     )
     if databases:
         text += _DATABASES
         text += "".join(_database(manifest, component) for component in databases)
+        text += _SETTINGS.format(script=_SCRIPT)
     if volumes:
         text += _VOLUMES
         text += "".join(_volume(manifest, component) for component in volumes)

@@ -1,5 +1,6 @@
 """RESTORE.md by itself: its commands, run by bash with stock tools, bring back what a set holds, and nothing of ours helps."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from athena_backup.backup import Expected, close_set, put_component
 from athena_backup.instructions import _create_options
@@ -42,24 +44,32 @@ def tools(tmp_path: Path) -> str:
     """A PATH on which every stock tool is found."""
     place = tmp_path / "tools"
     place.mkdir()
+    (place / "python3").symlink_to(sys.executable)
     if shutil.which("zstd") is None:
         (place / "zstd").write_text(_ZSTD)
         (place / "zstd").chmod(0o755)
     return f"{place}:{binaries()}:{os.environ['PATH']}"
 
 
-def followed(store: LocalStore, tools: str, environment: dict[str, str], volumes: dict[str, Path]) -> None:
-    """Do what the set's RESTORE.md says, in its folder, in one bash; ``volumes``: what a person would fill in."""
+def followed(store: LocalStore, tools: str, server: dict[str, str], volumes: dict[str, Path]) -> str:
+    """What is printed when one does what the set's RESTORE.md says, in its folder, in one bash.
+
+    ``server`` and ``volumes``: what a person would fill in.
+    """
     text = read_document(store, SET.prefix + INSTRUCTIONS).decode()
     script = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    filled_in = " ".join(f"{name}={value}" for name, value in server.items())
+    script, count = re.subn(r"export PGHOST=\S+ PGPORT=\S+ PGUSER=\S+ PGPASSWORD=\S+ ", f"export {filled_in} ", script)
+    assert count == (1 if server else 0)
     for name, directory in volumes.items():
         script, count = re.subn(rf"target=/the/directory/of/{name} .*", f"target='{directory}'", script)
         assert count == 1
     ended = subprocess.run(
         ["bash", "-c", script], cwd=Path(store.location.place) / SET.prefix, capture_output=True, text=True,
-        env={"PATH": tools, "LC_ALL": "C.UTF-8", **environment},
+        env={"PATH": tools, "LC_ALL": "C.UTF-8"},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def seen(root: Path) -> dict[str, object]:
@@ -130,6 +140,7 @@ def test_a_database_is_restored_by_restore_md_alone(
         name,
         "CREATE TABLE t AS SELECT i, repeat(md5(i::text), 20) AS v FROM generate_series(1, 5000) AS i;"
         "ALTER TABLE t ADD PRIMARY KEY (i); SELECT lo_from_bytea(4711, 'large');"
+        f"ALTER DATABASE {quoted(name)} SET search_path TO public, 'Odd'; COMMENT ON DATABASE {quoted(name)} IS 'ü''s';"
         """CREATE TABLE "odd's ""%"" $x" (at tsvector, "c'" text); INSERT INTO "odd's ""%"" $x" VALUES ('a', E'ü\\t\\\\')""",
     )
     with hold_cut([database], Operation()) as cut:
@@ -149,6 +160,7 @@ def test_a_database_is_restored_by_restore_md_alone(
     )
     assert len(component.parts) >= 3
     assert component.server is not None
+    local_store.put(SET.prefix + "globals/0.sql.zst", zstandard.compress(b"CREATE ROLE reader;\n"), if_absent=True)
     older = component.server.model_copy(update={"version": source_version})
     put_component(local_store, SET, component.model_copy(update={"server": older}))
     outcome = close_set(local_store, SET, [Expected(database.name, "database")], [], run_id="run", began=NOW)
@@ -164,8 +176,12 @@ def test_a_database_is_restored_by_restore_md_alone(
     with session(postgres.url()) as connection:
         run_sql(connection, f"DROP DATABASE {quoted(name)} WITH (FORCE)")
     server = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": "postgres"}
-    followed(local_store, tools, server, {})
+    roles, _, facts = followed(local_store, tools, server, {}).partition("\n")
     assert content() == before
+    assert roles == "CREATE ROLE reader;"
+    told = json.loads(facts)
+    assert (told["database"], told["owner"], told["acl"], told["comment"]) == (name, "postgres", None, "ü's")
+    assert told["settings"] == [{"role": None, "name": "search_path", "value": 'public, "Odd"'}]
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "UTF8"])
