@@ -227,6 +227,8 @@ class Walk:
             return
         for search in range(_SEARCHES):
             sought = self._moved.take()
+            if not sought:
+                return
             is_last = search == _SEARCHES - 1
             for found in self._moved.seek(sought, root, self.device, DEPTH_LIMIT, self.operation.check, STAGING_PREFIX):
                 self._moved.enter(found.inode)

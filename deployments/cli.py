@@ -49,6 +49,12 @@ def _told(command: Callable[..., int]) -> Callable[..., None]:
             logging.getLogger("athena_backup").debug("the command failed", exc_info=True)
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
+        except httpx.InvalidURL:
+            # Its text has a part of the address, which may be one of the password.
+            typer.echo(
+                "error: PREFECT_API_URL is no URL: percent-encode what is special in user and password", err=True
+            )
+            raise typer.Exit(1) from None
         except httpx.HTTPError as error:
             typer.echo(f"error: the Prefect server does not answer ({error}); is `athena-backup up` running?", err=True)
             raise typer.Exit(1) from None

@@ -272,7 +272,7 @@ def health_faults(working: Working) -> list[Fault]:
 def _is_healthy(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).is_success
-    except (httpx.HTTPError, httpx.InvalidURL):
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return False
 
 
