@@ -28,8 +28,7 @@ from athena_backup.store import LOOKS_AT_ONCE, Store, read_document
 
 GLANCE_BYTES = 64 << 10
 """What a list reads of a manifest at most, in one request; `find_set` reads all of it."""
-_FOLDERS_LOOKED_INTO = 50
-"""Of a store's top, for namespaces: a bucket may have any number of other people's folders, each of which takes a listing."""
+_FOLDERS_TOLD = 50
 _DELETING = "deleting"
 
 
@@ -71,28 +70,18 @@ def list_sets(store: Store, namespace: str) -> Iterator[CatalogEntry]:
         yield from (entry for entry in entries if entry is not None)
 
 
-def _namespaces(store: Store) -> list[str]:
-    """The namespaces that have sets in the store, of the first `_FOLDERS_LOOKED_INTO` folders at its top; raises its errors."""
-    found = []
-    for folder in itertools.islice(store.folders(""), _FOLDERS_LOOKED_INTO):
-        with contextlib.suppress(InvalidNameError, DeniedError):
-            if _has_sets(store, parse_namespace(folder)):
-                found.append(folder)
-    return found
-
-
-def _has_sets(store: Store, namespace: str) -> bool:
-    # A folder alone is no set: see `_look`.
-    return any(next(store.entries(one.prefix), None) is not None for one in _set_ids(store, namespace))
-
-
 def nothing_of(store: Store, namespace: str) -> str:
-    """What to say of a namespace without sets: that there is none, and the namespaces that have some."""
+    """What to say of a namespace without sets: that there is none, and the folders at the store's top, of which others are some.
+
+    What is in them is not looked at: in a bucket of many users that may be any number of objects.
+    """
     others: list[str] = []
     # They are only told beside: our permissions may end at our own folder.
     with contextlib.suppress(AthenaError):
-        others = _namespaces(store)
-    told = f"; it has sets of: {', '.join(others)}" if others else ""
+        for folder in itertools.islice(store.folders(""), _FOLDERS_TOLD):
+            with contextlib.suppress(InvalidNameError):
+                others.append(parse_namespace(folder))
+    told = f"; its folders, each of which may be a namespace: {', '.join(others)}" if others else ""
     return f"no set of namespace {namespace} in this store{told}"
 
 
@@ -128,7 +117,7 @@ def whole_manifest(store: Store, set_id: SetId) -> Manifest:
     """The manifest of a set that can be restored; raises `AbsentError` or `UnusableSetError` saying why there is none."""
     entry = find_set(store, set_id)
     if entry is None:
-        raise _absent(store, set_id)
+        raise _absent(set_id)
     if entry.state is not SetState.SUCCESS or entry.manifest is None:
         raise UnusableSetError(
             f"backup set {set_id} can't be restored: {entry.status}", next_step="choose a set with status Success"
@@ -143,7 +132,7 @@ def delete_set(store: Store, set_id: SetId) -> None:
     nobody writes or restores it.
     """
     if find_set(store, set_id) is None:
-        raise _absent(store, set_id)
+        raise _absent(set_id)
     # Where this may not delete, it is refused here already: a mark that nobody could take away would take the set away.
     store.delete([f"{_mark(set_id)}-probe"])
     store.put(_mark(set_id), b"")
@@ -153,12 +142,9 @@ def delete_set(store: Store, set_id: SetId) -> None:
     store.delete([_mark(set_id)])
 
 
-def _absent(store: Store, set_id: SetId) -> AbsentError:
-    cause = f"there is no backup set {set_id}"
-    if not _has_sets(store, set_id.namespace):
-        cause = f"{cause}, and {nothing_of(store, set_id.namespace)}"
+def _absent(set_id: SetId) -> AbsentError:
     return AbsentError(
-        cause,
+        f"there is no backup set {set_id}",
         next_step=f"`athena-backup list --namespace {set_id.namespace}` shows the sets that there are, and GET /backup/list"
         " those of the service's own namespace",
     )

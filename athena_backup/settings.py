@@ -301,7 +301,9 @@ def shown(settings: Settings) -> dict[str, Any]:
 
 def masked_url(url: str) -> str:
     """A URL for people to read: what may be a password in it is masked, though it be more than that (a port before an ``@``)."""
-    return _PASSWORD_IN_QUERY.sub(rf"\1{MASK}", _PASSWORD_IN_ADDRESS.sub(rf"\1{MASK}", url))
+    # The query first, of which the address' mask would take the names; an "@" in it still ends what may be the password before.
+    url = _PASSWORD_IN_QUERY.sub(lambda found: f"{found[1]}{MASK}{'@' if '@' in found[0] else ''}", url)
+    return _PASSWORD_IN_ADDRESS.sub(rf"\1{MASK}", url)
 
 
 def _decoded(value: SecretStr) -> str:

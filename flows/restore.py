@@ -223,12 +223,14 @@ def discard_all(chosen: Sequence[Component], switched: Sequence[str], working: W
     own = [one for one in chosen if places.get(one.name) == one.kind]
     kept = {role for one in own if one.database and one.name in switched for role in roles_of(one.database)}
 
-    def tidy(component: Component, discard: Callable[[], object]) -> None:
+    def tidy(
+        component: Component, discard: Callable[[], object], otherwise: str = "the next restore tries again"
+    ) -> None:
         try:
             discard()
         except AthenaError as error:
             reason = fault_of(error, component=component.name, step="cleaning up")
-            run_log().warning("%s; the next restore tries again", reason)
+            run_log().warning("%s; %s", reason, otherwise)
 
     for component in own:
         if component.kind == "database":
@@ -240,7 +242,8 @@ def discard_all(chosen: Sequence[Component], switched: Sequence[str], working: W
     for component in own:
         if component.kind == "database" and component.name not in switched:
             target = database_of(component.name, working.settings)
-            tidy(component, partial(discard_roles, target, restore_id(working), kept))
+            discard = partial(discard_roles, target, restore_id(working), kept)
+            tidy(component, discard, "roles that this restore has made may be left, without a login")
 
 
 def check_health(working: Working, when: str) -> None:

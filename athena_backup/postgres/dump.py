@@ -344,8 +344,8 @@ class _Dump:
             r"could not open relation with OID|failed to get data for sequence|query to get data of sequence", said
         ):
             return FinalError(
-                f"a view or sequence was dropped while the database was read: {ended.how()}",
-                next_step="back up again, and run DDL outside of backups",
+                f"a view or sequence was dropped while the database was read, or may not be read: {ended.how()}",
+                next_step="back up again, and run DDL outside of backups; for want of a right, GRANT SELECT on it",
                 step="dumping",
             )
         return FinalError(ended.how(), step="dumping")

@@ -3,7 +3,6 @@
 Passwords are in no set ("PostgreSQL", section 3), so who is to log in is told in the restore's message.
 """
 
-import contextlib
 from collections.abc import Collection
 
 import sqlalchemy
@@ -19,10 +18,12 @@ _OWN_ROLE = text(
     "SELECT rolname::text AS name, rolsuper AS is_superuser, pg_catalog.current_setting('server_version_num')::int AS version"
     " FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user"
 )
-_MADE_BY = text(
+_MADE = text(
     "SELECT rolname::text FROM pg_catalog.pg_roles WHERE NOT rolcanlogin"
-    " AND pg_catalog.shobj_description(oid, 'pg_authid') OPERATOR(pg_catalog.=) :mark ORDER BY 1"
+    " AND pg_catalog.starts_with(pg_catalog.shobj_description(oid, 'pg_authid'), :mark) ORDER BY 1"
 )
+_IS_STAGED = text("SELECT EXISTS (SELECT FROM pg_catalog.pg_database WHERE datname ~ '__athena_r_[0-9a-f]{12}$')")
+_MARK = "made without a login by Athena Backup, restore "
 
 
 def roles_of(facts: DatabaseFacts) -> frozenset[str]:
@@ -57,35 +58,36 @@ def create_missing_roles(connection: Connection, facts: DatabaseFacts, restore_i
     joined = f" ROLE {quoted(own.name)}" if is_to_join else ""
     for name in missing:
         run_sql(connection, f"CREATE ROLE {quoted(name)} NOLOGIN{joined}")
-        run_sql(connection, f"COMMENT ON ROLE {quoted(name)} IS '{_mark(restore_id)}'")
+        run_sql(connection, f"COMMENT ON ROLE {quoted(name)} IS '{_MARK}{restore_id}'")
     for role in facts.roles:
         for parent in role.member_of:
             if role.name in missing and parent in missing:
                 run_sql(connection, f"GRANT {quoted(parent)} TO {quoted(role.name)}")
 
 
-def roles_without_login(connection: Connection, facts: DatabaseFacts, restore_id: str) -> list[str]:
-    """The roles that this restore has made, nobody has given a login yet, and had one at the source."""
-    made = set(connection.execute(_MADE_BY, {"mark": _mark(restore_id)}).scalars())
+def roles_without_login(connection: Connection, facts: DatabaseFacts) -> list[str]:
+    """The roles that a restore has made, be it one that was killed, nobody has given a login yet, and had one at the source."""
+    made = set(connection.execute(_MADE, {"mark": _MARK}).scalars())
     return [role.name for role in facts.roles if role.can_login and role.name in made]
 
 
 def discard_roles(target: Database, restore_id: str, kept: Collection[str]) -> list[str]:
     """Drop the roles that this restore has made on the target's server and nothing needs, but those ``kept``; returns the names.
 
-    To be called when no staging of the restore is left on that server: what is dropped may be about to own something.
+    None while anything is staged on that server, be it by another service: what is dropped may be about to own something.
     """
-    dropped = []
+    dropped: list[str] = []
     with maintenance_session(target.url) as connection:
-        for name in connection.execute(_MADE_BY, {"mark": _mark(restore_id)}).scalars().all():
+        if connection.execute(_IS_STAGED).scalar_one():
+            return dropped
+        for name in connection.execute(_MADE, {"mark": f"{_MARK}{restore_id}"}).scalars().all():
             if name in kept:
                 continue
-            # What depends on it, or that it is not ours to drop, keeps it: it can do nothing.
-            with contextlib.suppress(sqlalchemy.exc.DBAPIError):
+            try:
                 run_sql(connection, f"DROP ROLE {quoted(name)}")
                 dropped.append(name)
+            except sqlalchemy.exc.DBAPIError as error:
+                # What depends on it, or that it is not ours to drop, keeps it: it can do nothing.
+                if error.connection_invalidated:
+                    raise
     return dropped
-
-
-def _mark(restore_id: str) -> str:
-    return f"made without a login by Athena Backup, restore {restore_id}"

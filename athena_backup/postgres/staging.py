@@ -153,7 +153,7 @@ def stage_database(
         operation.check()  # cancelled meanwhile, it is no setting that was refused
         disabled = subscriptions_of(inside, name)
         notes += changed_collations(inside, facts, server)
-        without_login = roles_without_login(inside, facts, restore_id)
+        without_login = roles_without_login(inside, facts)
     notes += [f"subscription {one} is disabled: enable it where it is to be used here" for one in disabled]
     notes += [
         f"role {one} was missing and was made without a login and password: ALTER ROLE {quoted(one)} LOGIN PASSWORD '...'"

@@ -280,7 +280,7 @@ def test_sets_are_listed_with_prefect_down_when_the_store_is_no_block(service: S
     down = {"PREFECT_API_URL": "http://127.0.0.1:1/api"}
     of_new = service.command("list", ATHENA_NAMESPACE="new", **down)
     assert (of_new.returncode, of_new.stdout) == (0, "")
-    assert "no set of namespace new in this store; it has sets of: app" in of_new.stderr
+    assert "no set of namespace new in this store; its folders, each of which may be a namespace: app" in of_new.stderr
     assert service.command("list", "--namespace", "app", ATHENA_NAMESPACE="new", **down).stdout == listed.stdout
 
 
