@@ -185,11 +185,9 @@ def _migrated_database() -> bytes:
         return (Path(home) / "prefect.db").read_bytes()
 
 
-@pytest.fixture(scope="session")
-def make_service(
-    postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Service]]:
-    """Define a service over databases and volumes of its own; the caller starts it, the session's end closes it."""
+@contextlib.contextmanager
+def _services(postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Service]]:
+    made: list[Service] = []
 
     def make(name: str, **environment: str) -> Service:
         home = tmp_path_factory.mktemp(name)
@@ -222,16 +220,33 @@ def make_service(
             },
         )
         _SERVICES.append(service)
+        made.append(service)
         return service
 
-    yield make
-    for service in _SERVICES:
-        service.close()
+    try:
+        yield make
+    finally:
+        for service in made:
+            service.close()
+            _SERVICES.remove(service)
+
+
+@pytest.fixture(scope="module")
+def make_service(
+    postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Service]]:
+    """Define a service over databases and volumes of its own; the caller starts it, the end of the file's tests closes it.
+
+    Each would take a fifteenth of a core from the tests behind it.
+    """
+    with _services(postgres, tmp_path_factory) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")
-def service(make_service: Callable[..., Service]) -> Service:
+def service(postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One running service for every test that does it no harm."""
-    made = make_service("shared")
-    made.start()
-    return made
+    with _services(postgres, tmp_path_factory) as make:
+        made = make("shared")
+        made.start()
+        yield made
