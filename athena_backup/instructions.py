@@ -52,14 +52,14 @@ _SETTINGS = """
 ### Settings and rights of the databases
 
 This prints what belongs to each database and is in no dump: its rights (`acl`; `null`: those of every new database), comment,
-security labels, settings and limit of connections.
+security labels, settings, limit of connections, and whether it is a template.
 
 ```bash
 python3 -c '{script}'
 ```
 
 Give it to them by `GRANT` and `REVOKE … ON DATABASE`, `COMMENT ON DATABASE`, `SECURITY LABEL ON DATABASE`, `ALTER DATABASE …
-CONNECTION LIMIT` and `ALTER DATABASE … SET name TO 'value'`; a setting with a role by `ALTER ROLE … IN DATABASE … SET`. The
+CONNECTION LIMIT`, `… IS_TEMPLATE` and `… SET name TO 'value'`; a setting with a role by `ALTER ROLE … IN DATABASE … SET`. The
 values of `search_path`, `temp_tablespaces` and the two `…_preload_libraries` are lists of names: no quotes around the whole,
 and `''` for an empty one, which is `""` here.
 """
@@ -68,7 +68,8 @@ and `''` for an empty one, which is `""` here.
 _SCRIPT = (
     "import json; [print(json.dumps({name: one[name] for name in ("
     + ", ".join(
-        f'"{name}"' for name in ("database", "owner", "acl", "comment", "labels", "settings", "connection_limit")
+        f'"{name}"'
+        for name in ("database", "owner", "acl", "comment", "labels", "settings", "connection_limit", "is_template")
     )
     + ')}, indent=1, ensure_ascii=False)) for component in json.load(open("manifest.json", "rb"))["components"]'
     ' if (one := component["database"])]'

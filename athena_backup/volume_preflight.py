@@ -99,10 +99,12 @@ def _other_file_systems(root: Path, facts: VolumeFacts) -> list[str]:
     # One by one, and only what is found is kept: a volume's root may have a million names.
     with os.scandir(root) as items:
         for item in items:
-            if item.is_dir(follow_symlinks=False) and not item.name.startswith(STAGING_PREFIX.decode()):
-                with contextlib.suppress(OSError):
-                    if is_other(item.stat(follow_symlinks=False)):
-                        found.append(root / item.name)
+            if item.name.startswith(STAGING_PREFIX.decode()):
+                continue
+            # Of a file system that tells no kinds in its listings, is_dir() looks, which may fail as any look.
+            with contextlib.suppress(OSError):
+                if item.is_dir(follow_symlinks=False) and is_other(item.stat(follow_symlinks=False)):
+                    found.append(root / item.name)
     # A set may come from anywhere: what it names is looked at only below the root.
     for place in map(Path, facts.other_file_systems):
         if not place.is_absolute() and ".." not in place.parts:

@@ -99,9 +99,9 @@ class ArchiveHead:
                 sql = self._run(["--section=data", f"--use-list={entries}", "--file=-", head])
         if sql is not None:
             self._tables = frozenset(map(int, _TABLE_DATA.findall(listing)))
-            escaped = r"\\" if _ESCAPES.search(sql) else "\\"
+            has_escapes = _ESCAPES.search(sql) is not None
             self._found = [
-                _state(name.replace("''", "'").replace(escaped, "\\"), value, is_called)
+                _state(_unescaped(name, has_escapes=has_escapes), value, is_called)
                 for name, value, is_called in _SETVAL.findall(sql.decode(self._codec))
             ]
 
@@ -120,6 +120,11 @@ def unnamed_file(content: bytes) -> Iterator[str]:
     with open(descriptor, "wb", buffering=0) as file:
         file.write(content)
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _unescaped(constant: str, *, has_escapes: bool) -> str:
+    name = constant.replace("''", "'")
+    return name.replace(r"\\", "\\") if has_escapes else name
 
 
 def _state(name: str, value: str, is_called: str) -> SequenceState:

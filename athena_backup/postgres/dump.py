@@ -162,7 +162,8 @@ def write_database(
         return Stream(name=of.stream_name, parts=parts, table=of.data(reading.rows))
 
     units: list[Unit[Any]] = [
-        # Before any table that it leaves to COPY: it locks them all, which DDL that comes meanwhile would be in the way of.
+        # Before any table that is left to COPY: it locks all tables, which DDL that comes meanwhile would be in the way of. And the
+        # sooner it looks at views and sequences, which nobody can lock, the fewer of them are dropped before.
         Unit(
             small_bytes + _CATALOGS_BYTES,
             lambda turn: Stream(name=DUMP, parts=write(DUMP, partial(dumped, turn), turn)),
