@@ -24,14 +24,12 @@ PGBACKREST, PGBACKREST_S3 = "pgBackRest zst:1", "pgBackRest zst:1 (S3)"
 
 
 def physical_peers(
-    place: Place, cluster: Cluster, before: database_data.Fingerprint, encrypted: Bucket | None
+    place: Place, cluster: Cluster, before: database_data.Fingerprint, encrypted: Bucket
 ) -> Sequence[Contender]:
-    """Those whose programs are there."""
+    """Those whose programs are there; ``encrypted`` is of a server that speaks TLS."""
     found: list[Contender] = [_basebackup(place, cluster, before)]
     if place.tools.has("pgbackrest"):
-        found.append(_pgbackrest(place, cluster, before, None))
-        if encrypted is not None:
-            found.append(_pgbackrest(place, cluster, before, encrypted))
+        found += [_pgbackrest(place, cluster, before, bucket) for bucket in (None, encrypted)]
     if place.tools.has("barman"):
         found.append(_barman(place, cluster, before))
     return found
@@ -176,11 +174,11 @@ def _check(name: str, directory: Path, before: database_data.Fingerprint) -> Non
 
 @contextlib.contextmanager
 def encrypted_s3(directory: Path) -> Iterator[Bucket]:
-    """A SeaweedFS that speaks TLS."""
+    """A SeaweedFS that speaks TLS, by a certificate that signs itself and is no authority's: ours takes no other as a server's."""
     directory.mkdir(parents=True, exist_ok=True)
     certificate = Certificate(directory / "certificate.pem", directory / "key.pem")
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
     command += ["-keyout", str(certificate.key), "-out", str(certificate.certificate)]
     subprocess.run(command, check=True, capture_output=True)
     with embedded_s3(directory / "data", certificate) as server:

@@ -8,11 +8,11 @@ from pathlib import Path
 from psycopg import sql
 
 from benchmarks import database_data, volume_data
+from benchmarks.bucket import Bucket
 from benchmarks.contenders import compare
 from benchmarks.database_data import DATABASE, Database
 from benchmarks.servers import Cluster
 from benchmarks.volume_data import Volume
-from deployments.embedded_stores import EmbeddedS3
 
 
 def local_store(directory: Path) -> dict[str, str]:
@@ -21,8 +21,10 @@ def local_store(directory: Path) -> dict[str, str]:
     return {"OBJECT_STORE_LOCATION_TYPE": "local", "OBJECT_STORE_LOCATION_LOCAL": str(directory)}
 
 
-def s3_store(server: EmbeddedS3) -> dict[str, str]:
+def s3_store(bucket: Bucket) -> dict[str, str]:
     """The same for S3."""
+    server = bucket.server
+    authority = {} if bucket.certificate is None else {"ATHENA_CA_BUNDLE": str(bucket.certificate)}
     return {
         "OBJECT_STORE_LOCATION_TYPE": "s3",
         "AWS_S3_BUCKET_NAME": server.bucket,
@@ -30,6 +32,7 @@ def s3_store(server: EmbeddedS3) -> dict[str, str]:
         "AWS_S3_REGION": server.region,
         "AWS_ACCESS_KEY": server.keys.access_key,
         "AWS_SECRET_KEY": server.keys.secret_key,
+        **authority,
     }
 
 
