@@ -15,7 +15,24 @@ _DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationF
 # S3 answers 400 to a token that expired, and to a look without saying why.
 _EXPIRED = re.compile(r"performing HEAD .*status code: 400\b")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
-_UNTRUSTED = re.compile(r"invalid peer certificate|certificate verify failed|UnknownIssuer")
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
+_RENEW = "have the store's certificate renewed; if it isn't due, one of the two clocks is wrong"
+_NAME = "address the store by a name that its certificate holds, or have that name put into it"
+# What rustls calls it (its manual, `CertificateError`), with or without its context: what is wrong, and what to do.
+_CERTIFICATES = {
+    "UnknownIssuer": ("is not trusted", "if the store has an own authority, name its bundle by ATHENA_CA_BUNDLE"),
+    "Expired": ("has expired", _RENEW),
+    "NotValidYet": ("is not valid yet", _RENEW),
+    "NotValidForName": ("is for another name", _NAME),
+    "CaUsedAsEndEntity": (
+        "is an authority's (CA:TRUE, as `openssl req -x509` makes it), which no server may show",
+        "give it one with basicConstraints=CA:FALSE, by itself or by an own authority, and name that by ATHENA_CA_BUNDLE",
+    ),
+}
+# Why nothing was sent, which the client's first sentence leaves out: who refused, or that the name is unknown.
+_UNSENT = re.compile(
+    r'(?:([\w.:\[\]%]+:\d+),\s+)?Os \{\s+code: \d+,\s+kind: \w+,\s+message: "([^"]+)"|"(failed to lookup [^"]+)"'
+)
 _NO_IDENTITY = re.compile(r"credential provider: DeniedError: ([^\n]+)")
 _FULL = re.compile(r"status code: 507\b|InsufficientStorage|QuotaExceeded|StorageFull")
 _SKEWED = re.compile(r"RequestTimeTooSkewed")
@@ -51,11 +68,11 @@ def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
         return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
     if _FULL.search(text):
         return FullError(what, next_step="make room in the store, or raise its quota")
-    if _UNTRUSTED.search(text):
-        return FinalError(
-            f"{what}: its certificate is not trusted",
-            next_step="if the store has an own authority, name its bundle by ATHENA_CA_BUNDLE",
-        )
+    refused = _CERTIFICATE.search(text)
+    if refused is not None:
+        kind = refused.group(1).removesuffix("Context")
+        wrong, next_step = _CERTIFICATES.get(kind, (f"is refused: {kind}", "give the store another certificate"))
+        return FinalError(f"{what}: its certificate {wrong}", next_step=next_step)
     if isinstance(error, FileNotFoundError):
         return AbsentError(what)
     if isinstance(error, AlreadyExistsError):
@@ -73,11 +90,14 @@ def is_denied(error: Exception) -> bool:
 
 
 def cause_of(error: Exception) -> str:
-    """The first sentence of what the client says, with the answer's own code where there is one."""
+    """The first sentence of what the client says, with the answer's own code, or why there is no answer, where that is known."""
     text = str(error)
     code = re.search(r"<Code>(\w+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
     line = text.partition("\n\nDebug source")[0].partition("<?xml")[0].partition("\n")[0].rstrip(": ")
     said = f" ({code.group(1)}: {code.group(2).strip()})" if code and code.group(2) else ""
+    unsent = _UNSENT.search(text) if not said else None
+    if unsent is not None:
+        said = ": " + ": ".join(filter(None, unsent.groups()))
     return line[:_CAUSE_LIMIT] + said[:_CAUSE_LIMIT]
 
 

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from authority import Authority
+from authority import Authority, make_authority, tls_server
 from fault_proxy import fault_proxy
 from object_stores import PATIENT, QUICK, Server, gcs_account, s3_server
 
 from athena_backup.errors import AthenaError, FinalError, UnavailableError
-from athena_backup.store.clients import Way, open_azure, open_gcs, open_s3
+from athena_backup.store.clients import Keys, Way, open_azure, open_gcs, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES
 from athena_backup.store.sweep import S3Access, abort_uploads
 from deployments.embedded_stores import (
@@ -26,6 +27,7 @@ from deployments.embedded_stores import (
     embedded_s3,
 )
 
+KEYS = Keys("key", "secret")
 BIG = random.Random(5).randbytes(UPLOAD_PART_BYTES + 1_000_000)
 
 
@@ -70,6 +72,22 @@ class TestOwnAuthority:
         with pytest.raises(FinalError, match=r"certificate.*own authority"):
             store.head("app/part")
 
+    @pytest.mark.parametrize(
+        ("flaw", "told"),
+        [
+            ({"hours": (-3, -1)}, "certificate has expired .*renewed"),
+            ({"hours": (1, 3)}, "certificate is not valid yet .*clocks"),
+            ({"name": "127.0.0.2"}, "certificate is for another name .*by a name that its certificate holds"),
+            ({"is_authority": True}, "certificate is an authority's .*CA:FALSE"),
+        ],
+    )
+    def test_what_is_wrong_with_a_servers_certificate_is_told(
+        self, flaw: dict[str, Any], told: str, tmp_path: Path
+    ) -> None:
+        authority = make_authority(tmp_path, **flaw)
+        with tls_server(authority.server) as url, pytest.raises(FinalError, match=told):
+            open_s3("b", url, "r", KEYS, way=replace(QUICK, ca_bundle=authority.bundle)).head("app/part")
+
     def test_a_bundle_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "bundle.pem").write_text("no certificate")
         for path in (tmp_path / "bundle.pem", tmp_path / "missing.pem"):
@@ -81,6 +99,22 @@ class TestOwnAuthority:
             open_azure("account", "http://127.0.0.1:9/account", "container", "a2V5")
         with pytest.raises(FinalError, match="ATHENA_STORE_ALLOW_HTTP"):
             open_gcs("bucket", '{"gcs_base_url": "http://127.0.0.1:9"}')
+
+
+class TestNoAnswer:
+    @pytest.mark.parametrize(
+        ("url", "told"),
+        [
+            ("http://127.0.0.1:9", "127.0.0.1:9: Connection refused"),
+            (
+                f"http://{'no' * 40}:9",
+                "failed to lookup address information",
+            ),  # longer than a name may be: nobody is asked
+        ],
+    )
+    def test_why_nobody_answers_is_told(self, url: str, told: str) -> None:
+        with pytest.raises(UnavailableError, match=told):
+            open_s3("b", url, "r", KEYS, way=replace(QUICK, retry_seconds=0.2)).head("app/part")
 
 
 class TestProxies:
