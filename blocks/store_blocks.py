@@ -83,9 +83,9 @@ class AthenaS3Store(Block):
             ca_bundle=way.ca_bundle,
         )
 
-    def open(self, way: Way, memory: Path) -> Store:
-        """The store; raises `FinalError`. ``memory`` is for local ones."""
-        del memory
+    def open(self, way: Way, memory: Path, *, adopt: bool) -> Store:
+        """The store; raises `FinalError`. ``memory`` and ``adopt`` are for local ones."""
+        del memory, adopt
         access = self.access(way)
         return open_s3(
             access.bucket, access.endpoint, access.region, access.keys, path_style=access.path_style, way=way
@@ -114,9 +114,9 @@ class AthenaAzureBlobStore(Block):
         " identity. Service principals are taken from the environment (AZURE_CLIENT_ID and its kin), not from here.",
     )
 
-    def open(self, way: Way, memory: Path) -> Store:
-        """The store; raises `FinalError`. ``memory`` is for local ones."""
-        del memory
+    def open(self, way: Way, memory: Path, *, adopt: bool) -> Store:
+        """The store; raises `FinalError`. ``memory`` and ``adopt`` are for local ones."""
+        del memory, adopt
         if self.credentials.client_id or self.credentials.client_secret:
             raise FinalError(
                 "the Azure store block's credentials hold a service principal",
@@ -163,9 +163,9 @@ class AthenaGcsStore(Block):
         """How its unfinished uploads are reached; raises `FinalError`."""
         return google_access(self.bucket_name, self._key(), way.ca_bundle)
 
-    def open(self, way: Way, memory: Path) -> Store:
-        """The store; raises `FinalError`. ``memory`` is for local ones."""
-        del memory
+    def open(self, way: Way, memory: Path, *, adopt: bool) -> Store:
+        """The store; raises `FinalError`. ``memory`` and ``adopt`` are for local ones."""
+        del memory, adopt
         return open_gcs(self.bucket_name, self._key(), way=way)
 
     def _key(self) -> str | None:
@@ -181,15 +181,15 @@ class AthenaLocalStore(Block):
 
     directory: str = Field(title="Directory", description="Absolute path of the mounted directory.")
 
-    def open(self, way: Way, memory: Path) -> Store:
-        """The store; raises `FinalError`. ``memory`` is where its id is remembered, see `open_local`."""
+    def open(self, way: Way, memory: Path, *, adopt: bool) -> Store:
+        """The store; raises `FinalError`. ``memory`` is where its id is remembered, and for ``adopt`` see `open_local`."""
         del way
         if not Path(self.directory).is_absolute():
             raise FinalError(
                 f"the local store block's directory {self.directory!r} is no absolute path",
                 next_step="correct it in Prefect's UI",
             )
-        return open_local(self.directory, memory)
+        return open_local(self.directory, memory, adopt=adopt)
 
 
 StoreBlock: TypeAlias = AthenaS3Store | AthenaAzureBlobStore | AthenaGcsStore | AthenaLocalStore

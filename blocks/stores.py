@@ -22,10 +22,13 @@ LOOK_AGAIN_SECONDS = 60
 """How long a process that keeps its store may miss what somebody changed in the block."""
 
 
-def open_store(settings: Settings) -> Store:
-    """The service's store, ready for use; raises `FinalError` saying what keeps it from being used, and `UnavailableError`."""
+def open_store(settings: Settings, *, adopt: bool = False) -> Store:
+    """The service's store, ready for use; raises `FinalError` saying what keeps it from being used, and `UnavailableError`.
+
+    ``adopt`` is for the start of the service: a directory may be new (`open_local`).
+    """
     if settings.athena_store_block is not None:
-        return open_block(settings.athena_store_block, settings)
+        return open_block(settings.athena_store_block, settings, adopt=adopt)
     match settings.object_store_location_type:
         case "s3":
             access = _s3_of(settings)
@@ -47,18 +50,19 @@ def open_store(settings: Settings) -> Store:
                 settings.gcp_cloud_storage_bucket_name, settings.gcp_service_account_json, way=way_of(settings)
             )
         case "local":
-            return open_local(settings.object_store_location_local, settings.athena_home / "stores.json")
+            memory = settings.athena_home / "stores.json"
+            return open_local(settings.object_store_location_local, memory, adopt=adopt)
 
 
-def open_block(name: str, settings: Settings) -> Store:
-    """The store of a Prefect block, by ``name`` or ``slug/name``; raises like `open_store`."""
+def open_block(name: str, settings: Settings, *, adopt: bool = False) -> Store:
+    """The store of a Prefect block, by ``name`` or ``slug/name``; takes ``adopt`` and raises like `open_store`."""
     from blocks.store_blocks import load_block
 
-    return _opened(load_block(name), settings)
+    return _opened(load_block(name), settings, adopt=adopt)
 
 
-def _opened(block: "StoreBlock", settings: Settings) -> Store:
-    return block.open(way_of(settings), settings.athena_home / "stores.json")
+def _opened(block: "StoreBlock", settings: Settings, *, adopt: bool = False) -> Store:
+    return block.open(way_of(settings), settings.athena_home / "stores.json", adopt=adopt)
 
 
 def way_of(settings: Settings) -> Way:

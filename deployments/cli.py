@@ -167,6 +167,10 @@ def restore(
         typer.Option("--accept-metadata-loss", help="Restore even where owners, modes or attributes can't be set."),
     ] = False,
     allow_devices: Annotated[bool, typer.Option("--allow-devices", help="Make the device nodes of the set.")] = False,
+    skip_health_checks: Annotated[
+        bool,
+        typer.Option("--skip-health-checks", help="Don't ask ATHENA_HEALTH_URLS, neither before nor afterwards."),
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Wait for the end and tell how it went.")] = True,
 ) -> int:
     """Overwrite this service's databases and volumes with a backup set, through the running service."""
@@ -189,6 +193,8 @@ def restore(
         skip=skip or [],
         accept_metadata_loss=accept_metadata_loss,
         allow_devices=allow_devices,
+        skip_health_check_before=skip_health_checks,
+        skip_health_check_after=skip_health_checks,
     )
     with get_client(sync_client=True) as client:
         run = start_restore(client, settings.athena_namespace, request)

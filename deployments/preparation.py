@@ -69,7 +69,7 @@ def prepare(settings: Settings) -> str | None:
 
 def _opened_store(settings: Settings) -> Store:
     try:
-        return open_store(settings)
+        return open_store(settings, adopt=True)
     except NoBlockError as error:
         if settings.prefect_api_url is not None:
             raise

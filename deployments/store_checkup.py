@@ -20,6 +20,7 @@ from athena_backup.errors import AthenaError, DeniedError, FinalError, Unavailab
 from athena_backup.settings import Settings
 from athena_backup.store import Store, read_document
 from athena_backup.store.google import GoogleAccess
+from athena_backup.store.local import NoStoreYetError
 from athena_backup.store.sweep import S3Access, UploadAccess
 from blocks.stores import bucket_access, open_store
 from deployments.looks import Finding, Note, look
@@ -43,6 +44,10 @@ def store_findings(settings: Settings) -> Iterator[Finding]:
     """Look at the store; nothing is changed but probe objects, which go again where they may be deleted."""
     try:
         store, access = open_store(settings), bucket_access(settings)
+    except NoStoreYetError as error:
+        # Nothing is written there, not even to try: it may be where a disk is to be mounted.
+        yield Finding("store", "note", str(error))
+        return
     except (AthenaError, OSError) as error:
         yield Finding("store", "FAIL", str(error))
         return

@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow, task
-from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture, wait
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.flows import Flow
+from prefect.futures import PrefectFuture, as_completed, wait
 from prefect.states import Cancelled, Completed, Failed
 
 from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component
@@ -20,9 +22,12 @@ from athena_backup.manifest import Manifest
 from athena_backup.postgres.cut import Cut, hold_cut
 from athena_backup.postgres.dump import write_database, write_globals
 from athena_backup.postgres.sessions import Database
+from athena_backup.settings import load_settings
 from athena_backup.volume_archive import write_volume
+from blocks.stores import open_store
 from flows.components import database_of, databases_of, omissions, volume_of, volumes_of
 from flows.copying import order_copies
+from flows.dead_runs import close_dead_backup
 from flows.operating import (
     RETRYING,
     SlotTakenError,
@@ -32,15 +37,41 @@ from flows.operating import (
     operating,
     run_log,
     task_threads,
+    was_killed,
 )
 from flows.progress import in_units
 from flows.recovery import recover_one_volume
 from flows.requests import BackupRequest
-from flows.runs import BACKUP, SKIPPED
+from flows.runs import BACKUP, SKIPPED, operation_run
+
+
+def close_after_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook of the runner for a crashed backup, whose slot is held still: nobody else closes its set or looks at what it left."""
+    del flow
+    settings = load_settings()
+    with get_client(sync_client=True) as client:
+        run = operation_run(BACKUP, settings.athena_namespace, client.read_flow_run(flow_run.id))
+    try:
+        store = open_store(settings)
+    except AthenaError as error:
+        run_log().warning("what the crashed %s left could not be looked for: %s", run.set_id, error)
+        return
+    cause = "it was cancelled, and killed as it did not end" if state.is_cancelling() else "its process died"
+    close_dead_backup(store, run, cause, cancelled=state.is_cancelling())
+
+
+def close_after_kill(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook of the runner for a cancelled backup: one that had to be killed leaves as much as one that crashed."""
+    if was_killed(flow_run):
+        close_after_crash(flow, flow_run, state)
 
 
 @flow(
-    name=BACKUP, task_runner=task_threads(), persist_result=False, on_crashed=[free_slot], on_cancellation=[free_slot]
+    name=BACKUP,
+    task_runner=task_threads(),
+    persist_result=False,
+    on_crashed=[close_after_crash, free_slot],
+    on_cancellation=[close_after_kill, free_slot],
 )
 def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B008 - Prefect shows the default in its form
     """Take a full backup of every configured database and volume into the configured store."""
@@ -55,14 +86,17 @@ def backup(request: BackupRequest = BackupRequest()) -> State[Any]:  # noqa: B00
             refuse_foreign_set(working)
             archiving: list[PrefectFuture[None]] = []
             try:
-                with cut_of(databases, working):
-                    reading = [
-                        back_up_database.with_options(task_run_name=one.name).submit(one.name) for one in databases
-                    ]
+                with cut_of(databases, working) as cut:
+                    reading = {
+                        back_up_database.with_options(task_run_name=one.name).submit(one.name): one.name
+                        for one in databases
+                    }
                     archiving += [
                         back_up_volume.with_options(task_run_name=one.name).submit(one.name) for one in volumes
                     ]
-                    wait(reading)
+                    for future in as_completed(list(reading)):
+                        # Read, or failed for good: DDL that waits for it goes on, and so does vacuum.
+                        cut.release(reading[future])
                     write_server_globals(working)
             finally:
                 # What the snapshots hold back on the servers goes on while the last volumes are read. Whatever happens, the
@@ -100,7 +134,7 @@ def back_up_database(name: str) -> None:
         if working.cut is None:
             raise FinalError("the flow holds no cut")
         database = database_of(name, working.settings)
-        with read_under(working.cut, name), component_document(working, Expected(name, "database")):
+        with component_document(working, Expected(name, "database")):
             component = write_database(
                 database,
                 working.cut,
@@ -115,18 +149,6 @@ def back_up_database(name: str) -> None:
             put_component(working.store, working.set_id, component)
 
     component_work(name, "dumping", work)
-
-
-@contextlib.contextmanager
-def read_under(cut: Cut, name: str) -> Iterator[None]:
-    """Let the component's database go when it has been read, or will not be: DDL that waits for it goes on, and so does vacuum."""
-    try:
-        yield
-    except Exception as error:
-        if not fault_of(error).passing:
-            cut.release(name)
-        raise
-    cut.release(name)
 
 
 @task(name="back up volume", tags=["volume", "step:backup"], **RETRYING)
@@ -158,15 +180,16 @@ def back_up_volume(name: str) -> None:
 
 
 @contextlib.contextmanager
-def cut_of(databases: Sequence[Database], working: Working) -> Iterator[None]:
-    """Hold the cut over all databases for the length of the block."""
+def cut_of(databases: Sequence[Database], working: Working) -> Iterator[Cut]:
+    """Hold the cut over all databases for the length of the block; the tasks have it from ``working``."""
     with hold_cut(
         databases,
         working.operation,
         lock_timeout_seconds=working.settings.athena_lock_timeout_seconds,
         ddl_wait_limit_seconds=working.settings.athena_ddl_wait_seconds,
-    ) as working.cut:
-        yield
+    ) as cut:
+        working.cut = cut
+        yield cut
 
 
 def write_server_globals(working: Working) -> None:

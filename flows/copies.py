@@ -45,9 +45,10 @@ def is_being_copied(client: SyncPrefectClient, set_id: SetId) -> bool:
     return bool(read_runs(client, COPY, _tags(set_id), unfinished=True))
 
 
-def has_unfinished_copy(client: SyncPrefectClient, namespace: str) -> bool:
-    """Whether a copy of the namespace works or waits."""
-    return bool(read_runs(client, COPY, [f"namespace:{namespace}"], unfinished=True))
+def copy_leases(client: SyncPrefectClient, namespace: str) -> frozenset[UUID]:
+    """The leases of the namespace's unfinished copies; one that waits for its turn has none."""
+    found = read_runs(client, COPY, [f"namespace:{namespace}"], unfinished=True)
+    return frozenset(lease for run in found if (lease := operation_run(COPY, namespace, run).lease) is not None)
 
 
 def bury_dead_copies(

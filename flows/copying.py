@@ -67,7 +67,7 @@ def copy_objects(to: str) -> Copied:
 
     def work(working: Working) -> None:
         shared = working.settings.model_copy(update={"athena_jobs": STREAMS})
-        source, target = open_store(shared), open_block(to, shared)
+        source, target = open_store(shared), open_block(to, shared, adopt=True)
         copied.append(copy_set(source, target, working.set_id, working.operation))
 
     component_work(to, "copying", work)

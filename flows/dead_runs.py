@@ -94,22 +94,28 @@ def _is_stranded(run: OperationRun, now: datetime) -> bool:
 def _bury(client: SyncPrefectClient, store: Store, run: OperationRun) -> None:
     message = "the process or machine that ran it died, or it lost the slot"
     if run.kind == BACKUP:
-        try:
-            entry = find_set(store, run.set_id)
-            if entry is not None and entry.state is SetState.UNFINISHED and standing_failure(store, run.set_id) is None:
-                fault = FinalError(message, next_step="the next backup is not affected").fault(
-                    step="running the backup"
-                )
-                close_set(store, run.set_id, [], [fault], run_id=str(run.id), began=run.at)
-            store.sweep(run.set_id.prefix)
-        except AthenaError:
-            logger.warning(
-                "the set %s of a dead run could not be closed or swept: what is left of it stays until it is deleted",
-                run.set_id,
-                exc_info=True,
-            )
+        close_dead_backup(store, run, message)
     logger.warning("%s is dead: %s", run_name(run.kind, run.set_id), message)
     end_run(client, run.id, Crashed(message=message))
+
+
+def close_dead_backup(store: Store, run: OperationRun, cause: str, *, cancelled: bool = False) -> None:
+    """Close the set of a backup that nobody works on any more, if it is open, and sweep what was half written into the store.
+
+    Where the store does not let that be done, it is logged.
+    """
+    try:
+        entry = find_set(store, run.set_id)
+        if entry is not None and entry.state is SetState.UNFINISHED and standing_failure(store, run.set_id) is None:
+            fault = FinalError(cause, next_step="the next backup is not affected").fault(step="running the backup")
+            close_set(store, run.set_id, [], [fault], run_id=str(run.id), began=run.at, cancelled=cancelled)
+        store.sweep(run.set_id.prefix)
+    except AthenaError:
+        logger.warning(
+            "the set %s of a dead run could not be closed or swept: what is left of it stays until it is deleted",
+            run.set_id,
+            exc_info=True,
+        )
 
 
 def end_run(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:

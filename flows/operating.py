@@ -211,6 +211,13 @@ def free_slot(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> Non
                 release(client, UUID(tag.removeprefix("lease:")))
 
 
+def was_killed(flow_run: FlowRun) -> bool:
+    """Whether a run that is being cancelled did not end by itself in its thirty seconds; for hooks of the runner."""
+    with get_client(sync_client=True) as client:
+        ended = client.read_flow_run(flow_run.id).state
+    return ended is None or not ended.is_final()  # by itself it would have said how
+
+
 def _own_run() -> FlowRun:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:

@@ -21,7 +21,7 @@ from athena_backup.volume_archive import Volume
 from athena_backup.volume_exchange import leftovers, recover_volume
 from athena_backup.volume_staging import half_switched
 from flows.components import databases_of, volumes_of
-from flows.operating import SlotTakenError, Working, free_slot, operating, run_log, task_threads
+from flows.operating import SlotTakenError, Working, free_slot, operating, run_log, task_threads, was_killed
 from flows.runs import RECOVER, SKIPPED, start_recovery
 
 
@@ -87,10 +87,8 @@ def half_switched_volumes(settings: Settings) -> list[str]:
 
 
 def recover_after_kill(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook of the runner for a cancelled restore: one that did not end in its thirty seconds was killed, as in a crash."""
-    with get_client(sync_client=True) as client:
-        ended = client.read_flow_run(flow_run.id).state
-    if ended is None or not ended.is_final():  # by itself it would have said how
+    """Hook of the runner for a cancelled restore: one that had to be killed is recovered from as one that crashed."""
+    if was_killed(flow_run):
         free_slot(flow, flow_run, state)
         recover_after_crash(flow, flow_run, state)
 

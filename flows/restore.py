@@ -6,7 +6,7 @@ switch came before as at the backup, and the others as they were; its status say
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,12 @@ def restore(request: RestoreRequest) -> State[Any]:
     try:
         with operating(RESTORE, request.set_id(load_settings().athena_namespace)) as working:
             if not request.skip_health_check_before:
-                check_health(working, "before the restore")
+                check_health(
+                    working,
+                    "before the restore",
+                    "start these services, or restore without asking them: --skip-health-checks, or"
+                    ' "disablePreRestoreChecks": true and "disablePostRestoreChecks": true',
+                )
             unrecovered = recover_from_the_dead(working)
             manifest = whole_manifest(working.store, working.set_id)
             chosen, faults = choose(manifest, request, working)
@@ -78,14 +83,17 @@ def restore(request: RestoreRequest) -> State[Any]:
         run_log().error("the restore failed", exc_info=True)
         return Failed(message=str(fault_of(error, step="preparing the restore")))
     left_alone = [name for name in configured(working) if name not in {one.name for one in chosen}]
+    states = states_of(chosen, switched, half_switched_volumes(working.settings))
+    # Also where others failed: what was switched is live, and no later restore tells of it.
+    told = [*omissions([one for one in chosen if one.name in switched]), *notes(working, switched)]
     if request.report:
-        write_report(report(manifest, chosen, switched, left_alone, working))
+        write_report(report(manifest, chosen, states, left_alone, told, working))
     if faults or len(switched) < len(chosen):
         ended = Cancelled if working.was_cancelled() else Failed
-        return ended(message=failure_text(faults, chosen, switched, half_switched_volumes(working.settings)))
+        return ended(message="; ".join([failure_text(faults, states), *told]))
     message = f"{working.set_id}: restored {' '.join(switched) or 'nothing'}"
     message += f"; left alone: {' '.join(left_alone)}" if left_alone else ""
-    return Completed(message="; ".join([message, *omissions(chosen), *notes(working)]))
+    return Completed(message="; ".join([message, *told]))
 
 
 def choose(manifest: Manifest, request: RestoreRequest, working: Working) -> tuple[list[Component], list[Fault]]:
@@ -246,8 +254,11 @@ def discard_all(chosen: Sequence[Component], switched: Sequence[str], working: W
             tidy(component, discard, "roles that this restore has made may be left, without a login")
 
 
-def check_health(working: Working, when: str) -> None:
-    """Ask every URL of ATHENA_HEALTH_URLS until it answers 2xx; raises `UnavailableError` naming those that don't."""
+def check_health(working: Working, when: str, otherwise: str) -> None:
+    """Ask every URL of ATHENA_HEALTH_URLS until it answers 2xx; raises `UnavailableError` naming those that don't.
+
+    ``when`` is what the error says of the time, ``otherwise`` is its next step.
+    """
     waiting = list(working.settings.athena_health_urls)
     deadline = time.monotonic() + working.settings.athena_health_seconds
     while True:
@@ -257,16 +268,13 @@ def check_health(working: Working, when: str) -> None:
         if time.monotonic() >= deadline:
             break
         working.operation.pause(1)
-    raise UnavailableError(
-        f"not healthy {when}: {', '.join(map(masked_url, waiting))}",
-        next_step="start these services, or disable this check in the request",
-    )
+    raise UnavailableError(f"not healthy {when}: {', '.join(map(masked_url, waiting))}", next_step=otherwise)
 
 
 def health_faults(working: Working) -> list[Fault]:
     """What is not healthy once everything was switched: a fault of the whole, told beside what was restored."""
     try:
-        check_health(working, "after the restore")
+        check_health(working, "after the restore", "what was restored is in place: look at what these services say")
     except AthenaError as error:
         return [error.fault(step="checking health after the restore")]
     return []
@@ -298,16 +306,20 @@ def component_of(name: str, working: Working) -> Component:
     return component
 
 
-def failure_text(
-    faults: Sequence[Fault], chosen: Sequence[Component], switched: Sequence[str], half_switched: Sequence[str]
-) -> str:
-    """What failed, and in which state every component is now."""
+def states_of(
+    chosen: Sequence[Component], switched: Sequence[str], half_switched: Sequence[str]
+) -> dict[str, list[str]]:
+    """The components' names, by the state in which each is now."""
     names = [component.name for component in chosen]
-    states = {
-        "restored": switched,
+    return {
+        "restored": list(switched),
         "neither wholly old nor wholly new": [name for name in names if name in half_switched],
         "left as they were": [name for name in names if name not in switched and name not in half_switched],
     }
+
+
+def failure_text(faults: Sequence[Fault], states: Mapping[str, Sequence[str]]) -> str:
+    """What failed, and in which state every component is now."""
     text = "; ".join(str(fault) for fault in faults) or "not every component was restored"
     return "; ".join([text, *(f"{state}: {' '.join(found)}" for state, found in states.items() if found)])
 
@@ -323,8 +335,9 @@ def write_report(text: str) -> None:
 def report(
     manifest: Manifest,
     chosen: Sequence[Component],
-    switched: Sequence[str],
+    states: Mapping[str, Sequence[str]],
     left_alone: Sequence[str],
+    told: Sequence[str],
     working: Working,
 ) -> str:
     """The disaster-recovery report: what was restored from where, and how long each component took."""
@@ -337,15 +350,17 @@ def report(
         "| --- | --- | ---: | ---: | --- |",
     ]
     for component in chosen:
-        outcome = "restored" if component.name in switched else "left as it was"
+        outcome = next(state for state, names in states.items() if component.name in names)
         seconds = working.seconds.get(component.name, 0.0)
         lines.append(
             f"| {component.name} | {component.kind} | {component.raw_size_bytes} | {seconds:.1f} | {outcome} |"
         )
-    lines += [f"| {name} | | | | not in the set, left alone |" for name in left_alone]
-    return "\n".join([*lines, "", *(f"- {note}" for note in [*omissions(chosen), *notes(working)])])
+    for name in left_alone:
+        why = "not in the set, left alone" if manifest.component(name) is None else "left alone, as was asked for"
+        lines.append(f"| {name} | | | | {why} |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in told)])
 
 
-def notes(working: Working) -> list[str]:
-    """What did not come back as it was although the restore succeeded, with the components' names."""
-    return [f"{name}: {note}" for name, found in working.notes.items() for note in found]
+def notes(working: Working, switched: Sequence[str]) -> list[str]:
+    """What of those that were switched did not come back as it was, with the components' names."""
+    return [f"{name}: {note}" for name, found in working.notes.items() if name in switched for note in found]

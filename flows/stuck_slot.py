@@ -1,21 +1,24 @@
 """A slot that is taken and that nobody has: how that is seen, and that it is given back.
 
-Prefect counts a claim in its database before it writes the lease that ends it. A server that is killed in between, or whose disk is
-full at that moment, leaves the slot taken for ever, and every backup from then on would be refused.
+Prefect counts a claim in its database before it writes the lease that ends it, and throws the lease away before it counts back. A
+server that is killed in between, or whose disk is full at that moment, leaves the slot taken for ever, and every backup from then on
+would be refused. So would a run that died with it: it still says Running, and is buried only by who gets the slot (`dead_runs`).
+So a run counts as the slot's holder only as long as its lease can be renewed.
 """
 
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.exceptions import ObjectNotFound
 
-from flows.copies import has_unfinished_copy
-from flows.runs import BACKUP, RECOVER, RESTORE, ongoing_run
-from flows.slot import copy_slot, limit_name
+from flows.copies import copy_leases
+from flows.runs import BACKUP, RECOVER, RESTORE, list_runs
+from flows.slot import copy_slot, limit_name, renew
 
 STUCK_SECONDS = 600.0
 """Long enough for every rightful holder without a run: a claim whose run is being made has a minute (`LEASE_SECONDS`), and an
@@ -27,48 +30,62 @@ _GAP_SECONDS = 120.0
 logger = logging.getLogger("athena_backup.slot")
 
 
+@dataclass(frozen=True)
+class _Looks:
+    """At a slot that was taken at each of them, and whose runs bore the same leases: the first and the last, by the monotonic clock
+    in seconds.
+    """
+
+    first: float
+    last: float
+    leases: frozenset[UUID]
+
+
 @dataclass
 class StuckSlots:
     """The namespace's slots as one process has seen them look after look; `free` is called every now and then."""
 
     namespace: str
     limit_seconds: float = STUCK_SECONDS
-    _seen: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Of each slot that looks stuck, by the name of its limit: the first and the last look, by the monotonic clock in seconds."""
+    _seen: dict[str, _Looks] = field(default_factory=dict)
+    """Of each slot that is taken, by the name of its limit."""
 
     def free(self, client: SyncPrefectClient) -> list[str]:
-        """Free each slot that was taken at every look for `limit_seconds`, and had no run at any; the names of their limits."""
-        holders: dict[str, Callable[[], bool]] = {
-            limit_name(self.namespace): lambda: _has_operation(client, self.namespace),
-            limit_name(copy_slot(self.namespace)): lambda: has_unfinished_copy(client, self.namespace),
-        }
-        return [name for name, has_holder in holders.items() if self._free_one(client, name, has_holder)]
+        """Free each slot that was taken at every look for `limit_seconds` and that no run has; the names of their limits.
 
-    def _free_one(self, client: SyncPrefectClient, name: str, has_holder: Callable[[], bool]) -> bool:
+        A run has it whose lease lives. One that claims it meanwhile begins the time anew.
+        """
+        slots: dict[str, Callable[[], frozenset[UUID]]] = {
+            limit_name(self.namespace): lambda: _leases(client, self.namespace),
+            limit_name(copy_slot(self.namespace)): lambda: copy_leases(client, self.namespace),
+        }
+        return [name for name, leases_of in slots.items() if self._free_one(client, name, leases_of)]
+
+    def _free_one(self, client: SyncPrefectClient, name: str, leases_of: Callable[[], frozenset[UUID]]) -> bool:
         try:
             limit = client.read_global_concurrency_limit_by_name(name)
         except ObjectNotFound:
             return False
-        if not limit.active_slots or has_holder():
-            self._seen.pop(name, None)
+        looks = self._seen.pop(name, None)
+        if not limit.active_slots:
             return False
-        now = time.monotonic()
-        first, last = self._seen.get(name, (now, now))
-        if now - last > _GAP_SECONDS:
-            first = now
-        self._seen[name] = (first, now)
-        if now - first < self.limit_seconds:
+        now, leases = time.monotonic(), leases_of()
+        if looks is None or now - looks.last > _GAP_SECONDS or looks.leases != leases:
+            looks = _Looks(now, now, leases)
+        if now - looks.first < self.limit_seconds:
+            self._seen[name] = _Looks(looks.first, now, leases)
+            return False
+        if any(renew(client, lease) for lease in leases):
             return False
         client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=0))
-        del self._seen[name]
         logger.warning(
-            "the slot %s was taken for %.0f s by nobody (Prefect's server could not write the claim's lease), and is free again",
+            "the slot %s was taken for %.0f s by nobody (Prefect's server lost its lease, or could not write it), and is free again",
             *(name, self.limit_seconds),
         )
         return True
 
 
-def _has_operation(client: SyncPrefectClient, namespace: str) -> bool:
-    """Whether a run works, or was handed a lease; one that waits for its time has no part in the slot."""
-    run = ongoing_run(client, namespace, (BACKUP, RESTORE, RECOVER))
-    return run is not None and (run.begun or run.lease is not None)
+def _leases(client: SyncPrefectClient, namespace: str) -> frozenset[UUID]:
+    """Those of the unfinished operations; a run that works without one has no part in the slot, nor one that waits for its time."""
+    runs = [run for kind in (BACKUP, RESTORE, RECOVER) for run in list_runs(client, kind, namespace, unfinished=True)]
+    return frozenset(run.lease for run in runs if run.lease is not None)

@@ -53,11 +53,17 @@ def initialize(root: Path) -> str:
     return new_id
 
 
-def open_local(place: str, memory: Path) -> "LocalStore":
+class NoStoreYetError(FinalError):
+    """The directory is empty, and was never known to be a store: a new one, or its mount is missing."""
+
+
+def open_local(place: str, memory: Path, *, adopt: bool) -> "LocalStore":
     """The store in ``place``; ``memory`` is a file outside of it in which its id is remembered.
 
-    The first start into an empty directory makes it a store. Raises `FinalError` for a directory that lost its id or has
-    another one (the mount is missing, or another volume is mounted there), and for one with other people's files.
+    With ``adopt``, as at a first start, an empty directory is made a store, and the id of one that is not known here is
+    remembered; whoever only looks leaves all as it is. Raises `NoStoreYetError` for an empty directory without it, `FinalError`
+    for a directory that lost its id or has another one (the mount is missing, or another volume is mounted there), and for one
+    with other people's files.
     """
     root = Path(place)
     known = _remembered(memory)
@@ -66,7 +72,8 @@ def open_local(place: str, memory: Path) -> "LocalStore":
     found = store_id(root)
     if remembered is not None and found != remembered:
         raise _not_mounted(
-            root, found, f"; if the store is meant to be a new one, run `athena-backup init` (it updates {memory})"
+            *(root, found),
+            f"; if this is the right one or a new one, run `athena-backup init`, which removes nothing (it updates {memory})",
         )
     if found is None:
         if any(name for name in os.listdir(root) if name != "lost+found"):
@@ -74,8 +81,14 @@ def open_local(place: str, memory: Path) -> "LocalStore":
                 f"the store's directory {root} is not empty and carries no store id: is it the right one?",
                 next_step="if it is, run `athena-backup init` once",
             )
+        if not adopt:
+            raise NoStoreYetError(
+                f"the store's directory {root} is empty, and no store yet",
+                next_step="mount it, or copy the store there; a new one is made by the start of `athena-backup up`, or by"
+                " `athena-backup init`",
+            )
         found = initialize(root)
-    if remembered is None:
+    if adopt and remembered is None:
         remember(place, found, memory)
     return LocalStore(place, found)
 

@@ -49,6 +49,20 @@ def test_a_prefect_server_that_does_not_answer_is_named_without_its_password(ser
     assert "http://user:********@127.0.0.1:1/api does not answer" in said
 
 
+def test_commands_that_only_look_make_no_store_of_a_directory_where_none_is_mounted(
+    service: Service, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    given = {"OBJECT_STORE_LOCATION_LOCAL": str(place), "ATHENA_HOME": str(tmp_path / "home")}
+    told = f"the store's directory {place} is empty, and no store yet (mount it"
+    assert f"note  store: {told}" in service.command("check", **given).stdout
+    listed = service.command("list", **given)
+    assert listed.returncode == 1
+    assert told in listed.stderr
+    assert list(place.iterdir()) == []
+
+
 def test_an_empty_volume_that_would_fail_the_backup_fails_the_check(service: Service, tmp_path: Path) -> None:
     volumes = json.dumps({"edweb": str(tmp_path)})
     checked = service.command("check", ATHENA_VOLUMES=volumes)

@@ -44,7 +44,7 @@ from blocks.stores import KeptStore, bucket_access, open_store
 kept = last = None
 
 async def inside_a_loop():
-    return open_store(load_settings())
+    return open_store(load_settings(), adopt=True)
 
 def answer(what):
     global kept, last
@@ -57,7 +57,7 @@ def answer(what):
         return [last.location.place, last is before]
     if what == "register":
         return register(load_settings())
-    store, access = open_store(load_settings()), bucket_access(load_settings())
+    store, access = open_store(load_settings(), adopt=True), bucket_access(load_settings())
     assert asyncio.run(inside_a_loop()).location == store.location
     place = store.location
     return [place.type, place.place, place.region, store.proof, getattr(getattr(access, "keys", None), "secret_key", None)]
@@ -263,7 +263,8 @@ def test_a_start_whose_own_prefect_server_has_no_such_block_does_not_send_anybod
 ) -> None:
     """The server ends with that start; the block went with its database, on the worst day."""
 
-    def absent(settings: Settings) -> Store:
+    def absent(settings: Settings, *, adopt: bool) -> Store:
+        assert adopt
         raise NoBlockError(f"Prefect has no store block {settings.athena_store_block}", next_step="make it")
 
     monkeypatch.setattr(preparation, "register", lambda settings: None)

@@ -12,7 +12,7 @@ import pytest
 
 from athena_backup.errors import AbsentError, DeniedError, FinalError, FullError, UnavailableError
 from athena_backup.store import CHUNK_SIZE_BYTES, Store, read_document
-from athena_backup.store.local import MARKER, LocalStore, initialize, open_local, store_id
+from athena_backup.store.local import MARKER, LocalStore, NoStoreYetError, initialize, open_local, store_id
 
 
 def test_what_is_written_is_read_whole_and_in_ranges(store: Store) -> None:
@@ -259,24 +259,35 @@ class TestMarker:
     def test_a_first_start_into_an_empty_directory_makes_it_a_store(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "home" / "stores.json"
         root.mkdir()
-        open_local(str(root), memory).put("app/x", b"1")
+        open_local(str(root), memory, adopt=True).put("app/x", b"1")
         assert store_id(root)
-        assert read_document(open_local(str(root), memory), "app/x") == b"1"
+        assert read_document(open_local(str(root), memory, adopt=True), "app/x") == b"1"
+
+    def test_whoever_only_looks_makes_no_store_and_remembers_none(self, tmp_path: Path) -> None:
+        root, memory = tmp_path / "backup", tmp_path / "stores.json"
+        root.mkdir()
+        with pytest.raises(NoStoreYetError, match=r"is empty, and no store yet \(mount it"):
+            open_local(str(root), memory, adopt=False)
+        assert list(root.iterdir()) == []
+        identifier = initialize(root)
+        open_local(str(root), memory, adopt=False)
+        assert store_id(root) == identifier
+        assert not memory.exists()
 
     def test_a_mount_that_is_missing_is_noticed(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "stores.json"
         root.mkdir()
-        open_local(str(root), memory)
+        open_local(str(root), memory, adopt=True)
         root.rename(tmp_path / "unmounted")
         root.mkdir()
         with pytest.raises(FinalError, match="carries no store id"):
-            open_local(str(root), memory)
+            open_local(str(root), memory, adopt=True)
         assert list(root.iterdir()) == []
 
     def test_a_mount_that_goes_away_in_the_middle_is_neither_written_below_nor_read(self, tmp_path: Path) -> None:
         root = tmp_path / "backup"
         root.mkdir()
-        store = open_local(str(root), tmp_path / "stores.json")
+        store = open_local(str(root), tmp_path / "stores.json", adopt=True)
         store.put("app/before", b"1")
         root.rename(tmp_path / "unmounted")
         root.mkdir()
@@ -295,35 +306,35 @@ class TestMarker:
     def test_another_volume_in_its_place_is_noticed(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "stores.json"
         root.mkdir()
-        open_local(str(root), memory)
+        open_local(str(root), memory, adopt=True)
         (root / MARKER).write_text("another")
         with pytest.raises(FinalError, match="another store"):
-            open_local(str(root), memory)
+            open_local(str(root), memory, adopt=True)
 
     def test_a_directory_with_other_files_is_no_store_until_init_says_so(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "stores.json"
         root.mkdir()
         (root / "photos").mkdir()
         with pytest.raises(FinalError, match="athena-backup init"):
-            open_local(str(root), memory)
+            open_local(str(root), memory, adopt=True)
         initialize(root)
-        open_local(str(root), memory)
+        open_local(str(root), memory, adopt=True)
 
     def test_a_store_that_another_machine_made_is_taken(self, tmp_path: Path) -> None:
         root = tmp_path / "backup"
         root.mkdir()
         identifier = initialize(root)
-        open_local(str(root), tmp_path / "stores.json")
+        open_local(str(root), tmp_path / "stores.json", adopt=True)
         assert store_id(root) == identifier
 
     def test_a_directory_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(FinalError, match="does not exist"):
-            open_local(str(tmp_path / "missing"), tmp_path / "stores.json")
+            open_local(str(tmp_path / "missing"), tmp_path / "stores.json", adopt=True)
 
     def test_what_is_no_directory_is_named_with_its_setting(self, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.write_text("")
-        for call in (lambda: open_local(str(file), tmp_path / "stores.json"), lambda: initialize(file)):
+        for call in (lambda: open_local(str(file), tmp_path / "stores.json", adopt=True), lambda: initialize(file)):
             with pytest.raises(FinalError, match="OBJECT_STORE_LOCATION_LOCAL") as refused:
                 call()
             # Of which the API would say that there is no such set.
@@ -334,4 +345,4 @@ class TestMarker:
         self, tmp_path: Path, home: str
     ) -> None:
         with pytest.raises(FinalError, match=f"ATHENA_HOME: {home} can't be written"):
-            open_local(str(tmp_path), Path(home) / "stores.json")
+            open_local(str(tmp_path), Path(home) / "stores.json", adopt=True)

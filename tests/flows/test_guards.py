@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import threading
 import time
@@ -108,7 +109,9 @@ def test_a_destination_that_is_not_healthy_is_not_touched(
     service: Service, timestamp: str, file: Path, health: Health
 ) -> None:
     health.is_well = False
-    assert f"not healthy before the restore: {health.shown}" in service.restore(timestamp)
+    status = service.restore(timestamp)
+    assert f"not healthy before the restore: {health.shown}" in status
+    assert "--skip-health-checks" in status
     assert file.read_text() == "live"
 
 
@@ -120,6 +123,22 @@ def test_one_that_is_not_healthy_afterwards_is_told_beside_what_was_restored(
     assert f"error checking health after the restore: not healthy after the restore: {health.shown}" in status
     assert "; restored: asp gogs edweb gitserver" in status
     assert file.read_text() == "content of gitserver"
+
+
+def test_what_did_not_come_back_is_told_though_something_else_failed(service: Service, health: Health) -> None:
+    """What was restored is live: no later restore tells what it lacks."""
+    health.is_well = True
+    repository = Path(json.loads(service.environment["ATHENA_VOLUMES"])["gitserver"]) / "borrower.git"
+    (repository / "objects" / "info").mkdir(parents=True)
+    (repository / "objects" / "info" / "alternates").write_text("/elsewhere/objects\n")
+    (repository / "refs").mkdir()
+    (repository / "HEAD").write_text("ref: refs/heads/main\n")
+    timestamp, _ = service.back_up()
+    health.is_well = False
+    status = service.restore(timestamp, disablePreRestoreChecks=True)
+    assert "not healthy after the restore" in status
+    assert "gitserver: borrows objects from outside the volume: borrower.git" in status
+    shutil.rmtree(repository)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make devices")
@@ -149,6 +168,8 @@ def test_the_health_checks_can_be_left_out(service: Service, timestamp: str, fil
     status = service.restore(timestamp, disablePreRestoreChecks=True, disablePostRestoreChecks=True)
     assert (status, health.asked) == ("Success", 0)
     assert file.read_text() == "content of gitserver"
+    ended = service.command("restore", timestamp, "--skip-health-checks", "--skip", "postgres")
+    assert (ended.returncode, health.asked) == (0, 0), ended
     health.is_well = True
     assert service.restore(timestamp) == "Success"
     assert health.asked == 2

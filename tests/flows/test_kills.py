@@ -74,9 +74,15 @@ def test_the_death_of_any_part_of_the_service(service: Service, part: str) -> No
 
 def test_the_death_of_the_flows_own_process_is_seen_within_a_minute_and_frees_the_slot(service: Service) -> None:
     timestamp = service.start_backup()
+    folder = Path(service.environment["OBJECT_STORE_LOCATION_LOCAL"]) / "app" / timestamp
     with service.stopped_child("pg_dump"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".athena-tmp-left").write_bytes(b"half")
         os.kill(service.pid_of("prefect.engine"), signal.SIGKILL)
         await_true(lambda: "ongoing" not in record(service, timestamp), "the death is seen", 60)
+    # The runner lives, so no later look finds that run: what it left goes at once.
+    await_true((folder / "failure.json").exists, "the set is closed")
+    await_true(lambda: not list(folder.rglob(".athena-tmp-*")), "what was half written is gone")
     assert record(service, timestamp) != "Success"
     assert timestamp not in manifests(service)
     assert back_up_as_soon_as_possible(service) == "Success"

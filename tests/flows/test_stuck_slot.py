@@ -1,7 +1,9 @@
 """A slot that a claim took and no lease will ever free is given back; one that somebody has is not."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,4 +78,25 @@ def test_the_slot_of_an_operation_at_work_stays_its_own(service: Service, client
         assert slots.free(client) == []
         looks += 1
     assert looks
+    assert service.status("/backup/status", json.dumps({"timestamp": timestamp})) == "Success"
+
+
+def test_a_run_whose_lease_is_lost_has_no_slot_and_is_no_reason_to_keep_it_taken(
+    service: Service, client: SyncPrefectClient
+) -> None:
+    """As after a full disk: the server threw the lease away before it counted back, and the run's last state was lost."""
+    timestamp = service.start_backup()
+    await_true(lambda: any("prefect.engine" in one for one in service.processes().values()), "its process")
+    process = service.pid_of("prefect.engine")
+    os.kill(process, signal.SIGSTOP)
+    try:
+        slots = StuckSlots("app", limit_seconds=0)
+        assert slots.free(client) == []
+        leases = Path(service.environment["ATHENA_HOME"]) / "prefect" / "concurrency_leases"
+        shutil.rmtree(leases)
+        assert slots.free(client) == ["athena-app"]
+        assert is_free(service)
+    finally:
+        os.kill(process, signal.SIGCONT)
+    await_true(lambda: "ongoing" not in service.status(), "the backup's end", 60)
     assert service.status("/backup/status", json.dumps({"timestamp": timestamp})) == "Success"
