@@ -5,6 +5,7 @@ directory in the last, which is the only one of most volumes.
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from athena_backup.volume_large import ARCHIVE_BYTES, LARGE_BYTES, Layout, Share
 from athena_backup.volume_members import Members
 from athena_backup.volume_pax import END
 from athena_backup.volume_staging import half_switched
-from athena_backup.volume_walk import Walk, check_root, open_root
+from athena_backup.volume_walk import LOST_AND_FOUND, Walk, check_root, open_root
 
 TORN_LIMIT = 0.01
 """Share of a volume's files that may change or vanish while they are read."""
@@ -111,7 +112,14 @@ def write_volume(
 
         def judged() -> VolumeFacts:
             facts = _facts([*(archive.members for archive in large), last.members], walk, shares.lost())
-            _judge(facts, walk.missed_files, volume, torn_limit, allow_empty=allow_empty)
+            _judge(
+                facts,
+                walk.missed_files,
+                volume,
+                torn_limit,
+                allow_empty=allow_empty,
+                lost_and_found=last.lost_and_found,
+            )
             return facts
 
         if not large:
@@ -189,6 +197,8 @@ class _Rest:
     before_end: Callable[[], object] = lambda: None
     """May refuse the archive when its last member is read."""
     members: Members = field(init=False)
+    lost_and_found: int = 0
+    """How many members are no content, but made with the file system."""
 
     def __post_init__(self) -> None:
         self.members = Members(self.walk.note_vanished)
@@ -206,11 +216,15 @@ class _Rest:
                 for path, folder in self.shares.end_walk():
                     yield self.members.folder(path, folder.status, folder.xattrs)
             if self.shares.is_walks(entry):
+                self.lost_and_found += entry.path == LOST_AND_FOUND and stat.S_ISDIR(entry.status.st_mode)
                 yield from self.members.pieces(entry)
 
 
-def _judge(facts: VolumeFacts, missed_files: int, volume: Volume, torn_limit: float, *, allow_empty: bool) -> None:
-    if facts.members <= 1 and not allow_empty:
+def _judge(
+    facts: VolumeFacts, missed_files: int, volume: Volume, torn_limit: float, *, allow_empty: bool, lost_and_found: int
+) -> None:
+    # The root, and what a disk has that was just formatted: it may not be the one that is meant.
+    if facts.members <= 1 + lost_and_found and not allow_empty:
         raise FinalError(
             f"{volume.directory} is empty: is it mounted?",
             next_step="mount it; a volume that may be empty is named in ATHENA_EMPTY_VOLUMES",

@@ -18,6 +18,8 @@ LOOKS = 20
 _LEASE_SECONDS = 60
 """As long as the system lets anybody keep a file from others by default (/proc/sys/fs/lease-break-time), and some more."""
 _LEASE_LOOK_SECONDS = 0.05
+SOME = 5
+"""How many names a sentence has."""
 GONE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR}
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -110,6 +112,22 @@ def reading(path: bytes) -> Iterator[None]:
 def shown(path: bytes) -> str:
     """A path for people, whatever bytes it has."""
     return path.decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class Some:
+    """Of any number of names the first few, for a sentence: of a million nobody reads more, and they take no memory."""
+
+    count: int = 0
+    first: tuple[str, ...] = ()
+
+    def and_another(self, name: bytes) -> "Some":
+        """These and one more."""
+        return Some(self.count + 1, self.first if len(self.first) == SOME else (*self.first, shown(name)))
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return ", ".join(self.first) + (f" and {more} more" if more else "")
 
 
 def is_same(one: os.stat_result, other: os.stat_result) -> bool:

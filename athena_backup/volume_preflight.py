@@ -16,7 +16,8 @@ from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
 from athena_backup.manifest import Component, VolumeFacts
 from athena_backup.mounts import mounts
 from athena_backup.volume_extract import OwnerMap
-from athena_backup.volume_staging import made_staging, told
+from athena_backup.volume_movable import entry_faults, overlay_faults, root_is_fixed
+from athena_backup.volume_staging import made_staging, opened_root, told
 from athena_backup.volume_walk import STAGING_PREFIX
 
 _PROBE, _LINK = b"probe", b"probe-link"
@@ -51,20 +52,26 @@ def preflight_volume(
     facts = component.volume
     if facts is None:
         return [FinalError("the manifest holds no facts about this volume", next_step="restore another set")]
+    faults: list[AthenaError] = []
     try:
-        with told(root):
+        with told(root), contextlib.ExitStack() as stack:
             if not root.is_dir():
                 return [FinalError(f"{root} is no directory", next_step="mount or make it, or correct ATHENA_VOLUMES")]
-            faults = [*_mount_faults(root, facts), *_room_faults(root, *_need(component))]
+            faults += [*_mount_faults(root, facts), *_room_faults(root, *_need(component))]
             if facts.devices and not allow_devices:
                 advice = "set allowDevices in the restore's request if they are wanted"
                 faults.append(FinalError(f"the set holds {facts.devices} device nodes", next_step=advice))
-            with made_staging(root, restore_id) as staging:
-                faults += _link_faults(root, staging)
-                if not accept_metadata_loss:
-                    faults += _metadata_faults(staging, facts, owner_map or {})
+            descriptor = stack.enter_context(opened_root(root))
+            if root_is_fixed(descriptor):
+                advice = f"is it mounted? chattr -i -a {root} during the restore"
+                return [*faults, FinalError(f"{root} is immutable or append-only (chattr)", next_step=advice)]
+            faults += entry_faults(root, descriptor)
+            staging = stack.enter_context(made_staging(root, restore_id))
+            faults += [*overlay_faults(root, descriptor, staging), *_link_faults(root, staging)]
+            if not accept_metadata_loss:
+                faults += _metadata_faults(staging, facts, owner_map or {})
     except AthenaError as error:
-        return [error]
+        return [*faults, error]
     return faults
 
 

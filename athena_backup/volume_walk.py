@@ -31,6 +31,8 @@ from athena_backup.volume_moved import Lost, Moved, files_below, last_change_ns
 
 STAGING_PREFIX = b".athena-"
 """Names at the root of a volume that are ours; never backed up."""
+LOST_AND_FOUND = b"lost+found"
+"""A folder that an ext4 file system is made with, at the root of a volume that is one; backed up as any other."""
 DEPTH_LIMIT = 250
 """Folders within folders; each holds a descriptor open while what is below it is read."""
 _SEARCHES = 3

@@ -19,6 +19,7 @@ from athena_backup.postgres.clients import client_version, find_client
 from athena_backup.postgres.sessions import Database, NoDatabaseError, identity, refuse_older, session
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
+from athena_backup.volume_walk import LOST_AND_FOUND
 from blocks.stores import local_directory, open_block
 from deployments.looks import Finding, look
 from deployments.store_checkup import store_findings
@@ -127,7 +128,9 @@ def check_volume(directory: Path, *, may_be_empty: bool) -> str:
         raise FinalError(f"{directory} may not be read by this user", next_step="run the service as a user that may")
     with os.scandir(directory) as found:
         entries = list(found)
-    if not entries and not may_be_empty:
+    # A disk that was just formatted has a folder, and is as empty as a mount that is missing.
+    is_empty = all(os.fsencode(one.name) == LOST_AND_FOUND and one.is_dir(follow_symlinks=False) for one in entries)
+    if is_empty and not may_be_empty:
         raise FinalError(
             f"{directory} is empty",
             next_step="is it mounted? a restore fills it; name the volume in ATHENA_EMPTY_VOLUMES only if it is meant to be empty",

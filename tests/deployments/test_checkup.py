@@ -22,6 +22,9 @@ def test_what_a_restore_makes_is_no_reason_to_make_it_by_hand(postgres: Embedded
     with pytest.raises(FinalError, match="is empty") as refused:
         check_volume(tmp_path, may_be_empty=False)
     assert refused.value.next_step.startswith("is it mounted? a restore fills it; ")
+    (tmp_path / "lost+found").mkdir()
+    with pytest.raises(FinalError, match="is empty"):
+        check_volume(tmp_path, may_be_empty=False)
 
 
 @pytest.mark.parametrize(("frequency", "is_told"), [("0 0 * * *", True), ("0 0 0 * * *", False), ("@daily", False)])

@@ -480,6 +480,19 @@ def test_a_failed_backup_leaves_no_part_that_a_list_shows(tmp_path: Path, local_
     assert list(local_store.entries("app/")) == []
 
 
+def test_a_disk_that_was_just_formatted_is_empty(tmp_path: Path, local_store: LocalStore) -> None:
+    root = tmp_path / "live"
+    (root / "lost+found").mkdir(parents=True)
+    with pytest.raises(FinalError, match="is empty: is it mounted"):
+        back_up(root, local_store)
+    (root / "lost+found" / "#12").write_text("found by fsck")
+    assert back_up(root, local_store).volume is not None
+    (root / "lost+found" / "#12").unlink()
+    (root / "lost+found").rmdir()
+    (root / "lost+found").write_text("a file of that name")
+    assert back_up(root, local_store).volume is not None
+
+
 def test_a_cancelled_backup_stops_in_the_middle(tree: Path, local_store: LocalStore) -> None:
     operation = Operation()
     operation.cancel("somebody did")
