@@ -21,7 +21,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from athena_backup.crew import Crew
@@ -30,11 +30,12 @@ from athena_backup.manifest import Component
 from athena_backup.operation import Operation
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
-from athena_backup.volume_extract import OwnerMap, RestoredVolume, read_volume
-from athena_backup.volume_preflight import mount_points
+from athena_backup.volume_extract import METADATA_REFUSED, OwnerMap, RestoredVolume, read_volume
+from athena_backup.volume_preflight import foreign_root_faults, mount_points
 from athena_backup.volume_staging import (
     LOCK,
     LOCK_FLAGS,
+    LOSS,
     MET,
     MODE,
     MOVING_IN,
@@ -49,6 +50,7 @@ from athena_backup.volume_staging import (
     opened_folder,
     opened_root,
     remove_staging,
+    set_root_time,
     staging_name,
     state,
     told,
@@ -78,12 +80,14 @@ def stage_volume(
 ) -> RestoredVolume:
     """Extract the component into its staging place beside what is live, and sync it; a failed try leaves no staging.
 
-    Options and errors as in `read_volume`.
+    Options and errors as in `read_volume`; what loss is accepted here is accepted of the root in the switch.
     """
     discard_volume(root, restore_id)
     operation.expect(component.name, component.raw_size_bytes)
     try:
         with told(root), made_staging(root, restore_id) as staging, opened_folder(staging, NEW, make=True) as new:
+            if accept_metadata_loss:
+                _put_text(staging, LOSS, b"accepted")
             restored = read_volume(
                 component,
                 store,
@@ -102,11 +106,12 @@ def stage_volume(
         raise
 
 
-def switch_volume(root: Path, restore_id: str, operation: Operation) -> None:
+def switch_volume(root: Path, restore_id: str, operation: Operation) -> list[str]:
     """Put the staged entries in the place of the live ones; a repeated call finishes what an earlier one began.
 
-    Raises `FinalError`, with nothing moved, where another file system is mounted inside the volume or nothing is staged;
-    and with everything moved back, where a live entry can't be moved. Only an error that says so leaves it in between.
+    Returns, in sentences, what could not be set of the root where `stage_volume` was told to accept that. Raises, with nothing
+    moved, `FinalError` where another file system is mounted inside the volume or nothing is staged, and `DeniedError` where that
+    was not accepted; and with everything moved back, where a live entry can't be moved. Only an error that says so leaves it in between.
     """
     operation.check()
     inside = mount_points(root)
@@ -116,9 +121,9 @@ def switch_volume(root: Path, restore_id: str, operation: Operation) -> None:
         if staging is None or (state(staging) is None and not _has(staging, NEW)):
             raise FinalError(f"{root} has no staged entries of restore {restore_id}", next_step="restore again")
         if state(staging) is None:
-            _begin(descriptor, staging)
+            _begin(root, descriptor, staging)
         try:
-            _roll_forward(descriptor, staging)
+            sentences = _roll_forward(descriptor, staging)
         except (OSError, AthenaError) as error:
             if state(staging) is None:
                 raise
@@ -129,6 +134,7 @@ def switch_volume(root: Path, restore_id: str, operation: Operation) -> None:
                 next_step="mend the cause, then restore again: that finishes this switch first",
             ) from error
         _discard_replaced(descriptor, staging, restore_id)
+        return sentences
 
 
 def recover_volume(root: Path, restore_id: str) -> bool:
@@ -142,7 +148,8 @@ def recover_volume(root: Path, restore_id: str) -> bool:
         if state(staging) is None:
             _discard(descriptor, staging, restore_id)
             return False
-        _roll_forward(descriptor, staging)
+        for sentence in _roll_forward(descriptor, staging):
+            logger.warning("%s, whose restore %s was killed in its switch: %s", root, restore_id, sentence)
         _discard_replaced(descriptor, staging, restore_id)
         return True
 
@@ -188,7 +195,11 @@ def _place(root: int) -> str:
     return os.readlink(f"/proc/self/fd/{root}")
 
 
-def _begin(root: int, staging: int) -> None:
+def _begin(place: Path, root: int, staging: int) -> None:
+    if not _has(staging, LOSS):
+        # Found when everything has been moved it would leave the volume half switched.
+        for fault in foreign_root_faults(place, root):
+            raise fault
     _prepare(root, staging)
     try:
         _set_state(staging, MOVING_OUT)
@@ -198,8 +209,12 @@ def _begin(root: int, staging: int) -> None:
         raise
 
 
-def _roll_forward(root: int, staging: int) -> None:
-    """Both phases, from wherever they stand. Every rename is of one entry and replaces nothing."""
+def _roll_forward(root: int, staging: int) -> list[str]:
+    """Both phases, from wherever they stand. Every rename is of one entry and replaces nothing.
+
+    Returns, in sentences, what of the result is not as the set has it.
+    """
+    sentences = []
     if state(staging) == MOVING_OUT:
         try:
             _move_out(root, staging)
@@ -212,10 +227,11 @@ def _roll_forward(root: int, staging: int) -> None:
         with opened_folder(staging, NEW) as new:
             for name in _names(new):
                 _move(new, root, name, staging, aside=root)
-            _take_over_attributes(new, root, _root_mode(staging, new))
+            sentences += _take_over_attributes(new, root, staging)
             os.fsync(new)
         os.fsync(root)
         _set_state(staging, SWITCHED)
+    return sentences
 
 
 def _move_out(root: int, staging: int) -> None:
@@ -256,7 +272,7 @@ def _move_back(root: int, staging: int) -> None:
             "the switch of %s was taken back; what was written there meanwhile under names that are back in place is kept as %s",
             *(_place(root), ", ".join(map(shown, beside))),
         )
-    os.utime(root, ns=(os.fstat(root).st_atime_ns, _times(staging)[1]))
+    set_root_time(root, _times(staging)[1])
     os.fsync(root)
     os.unlink(STATE, dir_fd=staging)
     os.fsync(staging)
@@ -329,20 +345,40 @@ def _rename_as_it_is(source: int, target: int, name: bytes, new_name: bytes) -> 
     os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
 
 
-def _take_over_attributes(new: int, root: int, mode: int) -> None:
-    """Owner, mode and attributes of the set's root for the live one, and no others; its time comes when all is done."""
+def _take_over_attributes(new: int, root: int, staging: int) -> list[str]:
+    """Owner, mode and attributes of the set's root for the live one, and no others; its time comes when all is done.
+
+    Returns, in a sentence, what could not be set, where that is accepted.
+    """
+    accepts_loss = _has(staging, LOSS)
+    lost: list[str] = []
+
+    def attempt(what: str, act: Callable[..., None], *values: object, **named: object) -> None:
+        try:
+            act(*values, **named)
+        except OSError as error:
+            if not accepts_loss or error.errno not in METADATA_REFUSED:
+                raise
+            lost.append(what)
+
     status, current = os.fstat(new), os.fstat(root)
     if (status.st_uid, status.st_gid) != (current.st_uid, current.st_gid):
-        os.fchown(root, status.st_uid, status.st_gid)
+        attempt("owner", os.fchown, root, status.st_uid, status.st_gid)
     wanted, present = _xattrs(new), _xattrs(root)
     for name in present.keys() - wanted.keys():
-        os.removexattr(root, name)
+        attempt(f"the absence of {name}", os.removexattr, root, name)
     for name, value in wanted.items():
         if present.get(name) != value:
-            os.setxattr(root, name, value)
+            attempt(name, os.setxattr, root, name, value)
     # Behind the ACL, whose entry for the owner was changed with `new/` when that was made ours to write into.
+    mode = _root_mode(staging, new)
     if stat.S_IMODE(os.fstat(root).st_mode) != mode:
-        os.fchmod(root, mode)
+        attempt("mode", os.fchmod, root, mode)
+    if accepts_loss:
+        attempt("time", os.utime, root, ns=(current.st_atime_ns, _times(staging)[0]))
+    return (
+        [f"could not be set here: {', '.join(lost)} of the root, which belongs to uid {current.st_uid}"] if lost else []
+    )
 
 
 def _xattrs(folder: int) -> dict[str, bytes]:

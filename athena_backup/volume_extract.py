@@ -30,7 +30,8 @@ from athena_backup.volume_read import Receiver, read_archives
 OwnerMap = Mapping[tuple[int, int], tuple[int, int]]
 """From uid and gid in the set to uid and gid here."""
 
-_METADATA_REFUSED = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL}
+METADATA_REFUSED = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL}
+"""What a file system says to owners, modes and attributes that may not be set, or that it does not have."""
 _POLICYS = frozenset({"security.selinux"})
 """What the system gives every file by its policy, of which its own is right where no other may be set."""
 
@@ -127,7 +128,7 @@ class _Dresser:
         try:
             act(*args, **where)
         except OSError as error:
-            if not (self.accepts_loss or what in _POLICYS) or error.errno not in _METADATA_REFUSED:
+            if not (self.accepts_loss or what in _POLICYS) or error.errno not in METADATA_REFUSED:
                 raise
             with self._lock:
                 count, first = self._lost.get(what, (0, path))

@@ -69,10 +69,25 @@ def preflight_volume(
             staging = stack.enter_context(made_staging(root, restore_id))
             faults += [*overlay_faults(root, descriptor, staging), *_link_faults(root, staging)]
             if not accept_metadata_loss:
-                faults += _metadata_faults(staging, facts, owner_map or {})
+                faults += [
+                    *foreign_root_faults(root, descriptor),
+                    *_metadata_faults(staging, facts, owner_map or {}),
+                ]
     except AthenaError as error:
         return [*faults, error]
     return faults
+
+
+def foreign_root_faults(place: Path, root: int) -> list[AthenaError]:
+    """A fault where the open root, which is ``place``, belongs to somebody else and nothing can be set of it. Raises `OSError`."""
+    status = os.fstat(root)
+    try:
+        # For which one needs the same right as for its mode; this leaves all as it is.
+        os.utime(root, ns=(status.st_atime_ns, status.st_mtime_ns))
+    except PermissionError:
+        what = f"the owner, mode and time of {place} can't be set: it belongs to uid {status.st_uid}"
+        return [DeniedError(what, next_step=_ADVICE)]
+    return []
 
 
 def mount_points(root: Path) -> list[str]:

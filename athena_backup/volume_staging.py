@@ -1,7 +1,8 @@
 """The staging place of a restore: ``.athena-{restore id}/`` inside the volume, reached by descriptors, removed safely.
 
 In it: ``new/`` (what was extracted), ``old/`` (what was live), ``met/`` (what live writers put in the way meanwhile),
-``state``, ``time`` and ``mode`` (links whose texts say how far the switch is, and which time and mode the root gets), ``lock``.
+``state``, ``time``, ``mode`` and ``loss`` (links whose texts say how far the switch is, which time and mode the root gets, and
+whether it may lack what can't be set), ``lock``.
 Making and removing it leaves the time of the volume's root as it was (unless a kill comes between the two calls that this takes).
 """
 
@@ -18,7 +19,8 @@ from athena_backup.errors import AthenaError, DeniedError, FinalError, FullError
 from athena_backup.volume_entry import shown
 from athena_backup.volume_walk import STAGING_PREFIX
 
-NEW, OLD, MET, LOCK, STATE, TIME, MODE = b"new", b"old", b"met", b"lock", b"state", b"time", b"mode"
+NEW, OLD, MET, LOCK = b"new", b"old", b"met", b"lock"
+STATE, TIME, MODE, LOSS = b"state", b"time", b"mode", b"loss"
 MOVING_OUT, MOVING_IN, SWITCHED = b"moving out", b"moving in", b"switched"
 """The states of a switch; `volume_exchange` tells what each means."""
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -109,21 +111,26 @@ def made_staging(root: Path, restore_id: str) -> Iterator[int]:
                     raise
             # Made now: where the staging fills the last inode, it can only be removed under a lock that is there already.
             os.close(os.open(LOCK, LOCK_FLAGS, 0o600, dir_fd=staging))
-            os.utime(descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))
+            set_root_time(descriptor, before.st_mtime_ns)
             os.fsync(descriptor)
             yield staging
 
 
 def remove_staging(root: int, name: bytes, root_mtime_ns: int) -> None:
     """Remove a staging place with all that is in it, and give the open root its time. Raises `OSError`."""
-    before = os.fstat(root)
     with opened_folder(root, name) as staging:
         # The state goes last: a removal that is killed goes on as what it was.
         _empty(staging, keep=(STATE, TIME))
         _empty(staging)
     _remove_folder(root, name)
-    os.utime(root, ns=(before.st_atime_ns, root_mtime_ns))
+    set_root_time(root, root_mtime_ns)
     os.fsync(root)
+
+
+def set_root_time(root: int, mtime_ns: int) -> None:
+    """Give an open root its time. That of somebody else keeps what it has: only its owner may set it, and nothing depends on it."""
+    with contextlib.suppress(PermissionError):
+        os.utime(root, ns=(os.fstat(root).st_atime_ns, mtime_ns))
 
 
 def _remove_folder(root: int, name: bytes) -> None:

@@ -562,7 +562,7 @@ class TestWithoutPrivileges:
         give(live / STAGING, NOBODY)
         assert stat.S_IMODE((live / STAGING / "new").stat().st_mode) == 0o755
         assert not half_switched(live), "killed when all was made ready, and nothing moved"
-        assert as_user(lambda: switch_volume(live, RESTORE_ID, Operation()), live) == "None"
+        assert as_user(lambda: switch_volume(live, RESTORE_ID, Operation()), live) == "[]"
         assert picture(live) == wanted
 
     def test_a_root_of_somebody_else_is_refused_before_anything_is_moved(
@@ -572,16 +572,53 @@ class TestWithoutPrivileges:
         give(live, NOBODY)
         live.chmod(0o777)
         before = picture(live)
+        refusal = f"the owner, mode and time of {live} can't be set: it belongs to uid {NOBODY} ("
+
+        def check() -> list[str]:
+            return [str(fault) for fault in preflight_volume(component, live, RESTORE_ID)]
 
         def restore() -> None:
             staged(component, local_store, live)
             switch_volume(live, RESTORE_ID, Operation())
 
-        assert as_user(restore, live, uid=4242).startswith(f"DeniedError: {live}: Operation not permitted")
+        found = as_user(check, live, uid=4242)
+        assert refusal in found
+        assert "acceptMetadataLoss" in found.partition(refusal)[2]
+        assert as_user(restore, live, uid=4242).startswith(f"DeniedError: {refusal}")
         discard_volume(live, RESTORE_ID)
         after = picture(live)
         assert after.pop(".")[0] == before.pop(".")[0]
         assert after == before
+
+    @pytest.mark.parametrize("is_killed", [False, True], ids=["in one go", "killed and recovered"])
+    def test_a_root_of_somebody_else_keeps_its_own_attributes_where_the_loss_is_accepted(
+        self, tmp_path: Path, local_store: LocalStore, live: Path, *, is_killed: bool
+    ) -> None:
+        """As a volume of Kubernetes, whose root belongs to uid 0 and to the group of the service."""
+        component, wanted = self.prepared(tmp_path, local_store, uid=4242)
+        give(live, 4242)
+        os.chown(live, 0, 4242)
+        live.chmod(0o2775)
+
+        def die(*_: object) -> None:
+            raise Killed
+
+        def restore() -> object:
+            assert preflight_volume(component, live, RESTORE_ID, accept_metadata_loss=True) == []
+            stage_volume(component, local_store, live, RESTORE_ID, Operation(), accept_metadata_loss=True)
+            if not is_killed:
+                return switch_volume(live, RESTORE_ID, Operation())
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(volume_exchange, "_take_over_attributes", die)
+                switch_volume(live, RESTORE_ID, Operation())
+            return recover_volume(live, RESTORE_ID)
+
+        loss = "could not be set here: owner, mode, time of the root, which belongs to uid 0"
+        assert as_user(restore, live, uid=4242) == repr(True if is_killed else [loss])
+        found = picture(live)
+        del found["."], wanted["."]
+        assert found == wanted
+        assert (live.stat().st_uid, stat.S_IMODE(live.stat().st_mode)) == (0, 0o2775)
 
 
 class TestPreflight:
