@@ -30,7 +30,7 @@ from athena_backup.manifest import Component
 from athena_backup.operation import Operation
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
-from athena_backup.volume_extract import METADATA_REFUSED, OwnerMap, RestoredVolume, read_volume
+from athena_backup.volume_extract import METADATA_REFUSED, TOO_LARGE, OwnerMap, RestoredVolume, read_volume
 from athena_backup.volume_preflight import foreign_root_faults, mount_points
 from athena_backup.volume_staging import (
     LOCK,
@@ -357,7 +357,7 @@ def _take_over_attributes(new: int, root: int, staging: int) -> list[str]:
         try:
             act(*values, **named)
         except OSError as error:
-            if not accepts_loss or error.errno not in METADATA_REFUSED:
+            if not accepts_loss or error.errno not in METADATA_REFUSED | TOO_LARGE:
                 raise
             lost.append(what)
 

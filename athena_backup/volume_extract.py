@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from athena_backup.crew import Crew
-from athena_backup.errors import DamagedError, FinalError
+from athena_backup.errors import DamagedError, DeniedError, FinalError
 from athena_backup.manifest import Component
 from athena_backup.operation import Operation
 from athena_backup.store import Store
@@ -32,6 +32,8 @@ OwnerMap = Mapping[tuple[int, int], tuple[int, int]]
 
 METADATA_REFUSED = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL}
 """What a file system says to owners, modes and attributes that may not be set, or that it does not have."""
+TOO_LARGE = {errno.ENOSPC, errno.E2BIG, errno.ERANGE}
+"""What it says to an extended attribute that is too large for it, though there is room (ext4: 4 KiB for all of an inode's)."""
 _POLICYS = frozenset({"security.selinux"})
 """What the system gives every file by its policy, of which its own is right where no other may be set."""
 
@@ -91,10 +93,10 @@ class _Dresser:
         mode = self._own(path, member, os.fstat(descriptor), os.chown, descriptor)
         own = {name: value for name, value in member.xattrs.items() if name.startswith("user.")}
         for attribute, value in own.items():
-            self._set(attribute, path, os.setxattr, descriptor, attribute, value)
+            self._set_attribute(attribute, value, path, descriptor)
         self._set("mode", path, os.chmod, descriptor, mode)
         for attribute in member.xattrs.keys() - own.keys():
-            self._set(attribute, path, os.setxattr, descriptor, attribute, member.xattrs[attribute])
+            self._set_attribute(attribute, member.xattrs[attribute], path, descriptor)
         os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
 
     def dress_named(self, path: bytes, member: Member, folder: int) -> None:
@@ -106,7 +108,7 @@ class _Dresser:
             self._set("mode", path, os.chmod, name, mode, dir_fd=folder)
         where = b"/proc/self/fd/%d/%b" % (folder, name)
         for attribute, value in member.xattrs.items():
-            self._set(attribute, path, os.setxattr, where, attribute, value, follow_symlinks=False)
+            self._set_attribute(attribute, value, path, where, follow_symlinks=False)
         os.utime(name, ns=(member.mtime_ns, member.mtime_ns), dir_fd=folder, follow_symlinks=False)
 
     def _own(
@@ -124,17 +126,34 @@ class _Dresser:
             return member.mode
         return member.mode & ~(stat.S_ISUID | stat.S_ISGID)
 
+    def _set_attribute(self, name: str, value: bytes, path: bytes, target: int | bytes, **where: object) -> None:
+        """Set an extended attribute; raises `DeniedError` for one that is too large here, unless its loss is accepted."""
+        try:
+            self._set(name, path, os.setxattr, target, name, value, **where)
+        except OSError as error:
+            if error.errno not in TOO_LARGE or (error.errno == errno.ENOSPC and _is_full(target)):
+                raise
+            if not self.accepts_loss:
+                raise DeniedError(
+                    f"{shown(path) or 'the root'}: its attribute {name} of {len(value)} bytes can't be set here: {error.strerror}",
+                    next_step="restore to a file system that has room for it, or set acceptMetadataLoss in the request",
+                ) from None
+            self._note_loss(name, path)
+
     def _set(self, what: str, path: bytes, act: Callable[..., None], *args: object, **where: object) -> bool:
         try:
             act(*args, **where)
         except OSError as error:
             if not (self.accepts_loss or what in _POLICYS) or error.errno not in METADATA_REFUSED:
                 raise
-            with self._lock:
-                count, first = self._lost.get(what, (0, path))
-                self._lost[what] = (count + 1, first)
+            self._note_loss(what, path)
             return False
         return True
+
+    def _note_loss(self, what: str, path: bytes) -> None:
+        with self._lock:
+            count, first = self._lost.get(what, (0, path))
+            self._lost[what] = (count + 1, first)
 
     def losses(self) -> tuple[str, ...]:
         """What could not be set, one sentence per kind of attribute."""
@@ -142,6 +161,12 @@ class _Dresser:
             f"{what} of {count} entries, the first {shown(first) or 'the root'}"
             for what, (count, first) in sorted(self._lost.items())
         )
+
+
+def _is_full(target: int | bytes) -> bool:
+    """Whether the file system of an entry has no room at all, for whatever it be."""
+    room = os.statvfs(target if isinstance(target, int) else os.path.dirname(target))
+    return room.f_bavail == 0 < room.f_blocks
 
 
 class Tree:

@@ -26,6 +26,8 @@ MOVING_OUT, MOVING_IN, SWITCHED = b"moving out", b"moving in", b"switched"
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESTORE_ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
 _DEFAULT_ACL = "system.posix_acl_default"
+_READ_ADVICE = "give the service the right to read it"
+"""Where a volume is only looked at: a backup may not be advised to write there."""
 _AGAIN_LIMIT = 1_000
 """How often a folder that is filled anew while it is removed is emptied again."""
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,7 +43,7 @@ def staging_name(restore_id: str) -> bytes:
 def leftovers(root: Path) -> list[str]:
     """The ids of restores whose staging place lies in the volume; none where there is no such directory."""
     prefix = STAGING_PREFIX.decode()
-    with told(root):
+    with told(root, _READ_ADVICE):
         try:
             with os.scandir(root) as found:
                 names = [item.name for item in found if item.is_dir(follow_symlinks=False)]
@@ -62,7 +64,7 @@ def state(staging: int) -> bytes | None:
 def half_switched(root: Path) -> list[str]:
     """The ids of restores whose switch of this volume was begun and not ended: what is live is neither old nor new."""
     half = []
-    with told(root):
+    with told(root, _READ_ADVICE):
         for restore_id in leftovers(root):
             with (
                 contextlib.suppress(FileNotFoundError),
@@ -222,18 +224,21 @@ def _open_for_removal(folder: int, name: bytes) -> int:
 
 
 @contextlib.contextmanager
-def told(root: Path) -> Iterator[None]:
-    """Translate what a volume's file system says while its staging place is made, switched or removed."""
+def told(root: Path, if_denied: str = "run the restore as a user that may write there") -> Iterator[None]:
+    """Translate what a volume's file system says while its staging place is made, switched or removed.
+
+    ``if_denied`` is what can be done where this process lacks a right.
+    """
     try:
         yield
     except OSError as error:
-        raise _translated(root, error) from None
+        raise _translated(root, error, if_denied) from None
 
 
-def _translated(root: Path, error: OSError) -> AthenaError:
+def _translated(root: Path, error: OSError, if_denied: str) -> AthenaError:
     what = f"{root}: {error.strerror}" + (f" ({os.fsdecode(str(error.filename))})" if error.filename else "")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FullError(what, next_step="make room in the volume, then restore again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DeniedError(what, next_step="run the restore as a user that may write there")
+        return DeniedError(what, next_step=if_denied)
     return FinalError(what, next_step="look at the volume's directory and its mount")

@@ -521,6 +521,21 @@ def _claiming(component: Component, raw_bytes: int) -> tuple[Stream, ...]:
     return (stream.model_copy(update={"parts": parts}),)
 
 
+@pytest.mark.skipif(not AS_ROOT, reason="only root can become somebody else")
+def test_who_may_not_look_at_a_volume_is_advised_to_read_it_not_to_restore(
+    local_store: LocalStore, live: Path, tmp_path: Path
+) -> None:
+    def back_up() -> object:
+        set_id = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+        return write_volume(Volume("repos", live), local_store, set_id, "run", Operation())
+
+    live.chmod(0o700)
+    for look in (back_up, lambda: leftovers(live), lambda: half_switched(live)):
+        said = as_user(look, live.parent)
+        assert said.startswith(f"DeniedError: {live}: Permission denied")
+        assert said.endswith("(give the service the right to read it)")
+
+
 def give(root: Path, uid: int) -> None:
     for path in [root, *root.rglob("*")]:
         os.chown(path, uid, uid, follow_symlinks=False)

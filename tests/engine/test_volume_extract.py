@@ -1,6 +1,7 @@
 """An archive may come from anywhere: what it holds is made below the staging folder, or refused with nothing made outside."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -421,6 +422,34 @@ def test_a_hard_link_may_come_before_its_target_from_another_archive(
 def test_hard_links_to_each_other_are_refused(local_store: LocalStore, staging: Path) -> None:
     links = (member(b"one", HARD_LINK, link=b"two"), member(b"two", HARD_LINK, link=b"one"))
     refused(local_store, staging, archive(*links, ROOT), "hard link to .*, which is not there", DamagedError)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.E2BIG, errno.ERANGE])
+def test_an_attribute_that_is_too_large_here_is_named_and_may_be_lost(
+    local_store: LocalStore, staging: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Of a set from XFS, say, on ext4: no room has to be made for it."""
+
+    def refuse(target: object, attribute: str, value: bytes, **_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    large = {"user.large": b"x" * 5000}
+    raw = archive(
+        member(b"file", xattrs=large), member(b"link", SYMLINK, link=b"file", xattrs={"trusted.l": b"y"}), ROOT
+    )
+    with pytest.raises(DeniedError, match=r"file: its attribute user\.large of 5000 bytes can't") as refused:
+        read_volume(component_of(local_store, raw), local_store, staging, Operation())
+    assert "acceptMetadataLoss" in refused.value.next_step
+    (staging / "file").unlink()
+    component = component_of(local_store, raw)
+    if code == errno.ENOSPC:
+        with monkeypatch.context() as patched, pytest.raises(FullError, match="file: No space left"):
+            patched.setattr(os, "statvfs", lambda _: os.statvfs_result([4096, 4096, 100, 0, 0, 10, 10, 10, 0, 255]))
+            read_volume(component, local_store, staging, Operation(), accept_metadata_loss=True)
+        (staging / "file").unlink()
+    restored = read_volume(component, local_store, staging, Operation(), accept_metadata_loss=True)
+    assert restored.losses == ("trusted.l of 1 entries, the first link", "user.large of 1 entries, the first file")
 
 
 def test_a_label_of_the_systems_policy_that_may_not_be_set_is_told_and_no_reason_to_refuse_a_set(
