@@ -55,6 +55,7 @@ from athena_backup.volume_staging import (
     state,
     told,
 )
+from athena_backup.volume_users import still_used, written_meanwhile
 from athena_backup.volume_walk import STAGING_PREFIX
 
 __all__ = ["discard_volume", "leftovers", "recover_volume", "stage_volume", "switch_volume"]
@@ -109,9 +110,10 @@ def stage_volume(
 def switch_volume(root: Path, restore_id: str, operation: Operation) -> list[str]:
     """Put the staged entries in the place of the live ones; a repeated call finishes what an earlier one began.
 
-    Returns, in sentences, what could not be set of the root where `stage_volume` was told to accept that. Raises, with nothing
-    moved, `FinalError` where another file system is mounted inside the volume or nothing is staged, and `DeniedError` where that
-    was not accepted; and with everything moved back, where a live entry can't be moved. Only an error that says so leaves it in between.
+    Returns, in sentences for people, what those lose who went on using the volume meanwhile, and what could not be set of its
+    root where `stage_volume` was told to accept that. Raises, with nothing moved, `FinalError` where another file system is
+    mounted inside the volume or nothing is staged, and `DeniedError` where something could not be set and that was not accepted;
+    and with everything moved back, where a live entry can't be moved. Only an error that says so leaves it in between.
     """
     operation.check()
     inside = mount_points(root)
@@ -133,6 +135,7 @@ def switch_volume(root: Path, restore_id: str, operation: Operation) -> list[str
                 f"{root} is neither wholly old nor wholly new, its switch broke off: {cause}",
                 next_step="mend the cause, then restore again: that finishes this switch first",
             ) from error
+        sentences += still_used(staging, staging_name(restore_id))
         _discard_replaced(descriptor, staging, restore_id)
         return sentences
 
@@ -148,7 +151,7 @@ def recover_volume(root: Path, restore_id: str) -> bool:
         if state(staging) is None:
             _discard(descriptor, staging, restore_id)
             return False
-        for sentence in _roll_forward(descriptor, staging):
+        for sentence in [*_roll_forward(descriptor, staging), *still_used(staging, staging_name(restore_id))]:
             logger.warning("%s, whose restore %s was killed in its switch: %s", root, restore_id, sentence)
         _discard_replaced(descriptor, staging, restore_id)
         return True
@@ -212,9 +215,11 @@ def _begin(place: Path, root: int, staging: int) -> None:
 def _roll_forward(root: int, staging: int) -> list[str]:
     """Both phases, from wherever they stand. Every rename is of one entry and replaces nothing.
 
-    Returns, in sentences, what of the result is not as the set has it.
+    Returns, in sentences, what of the result is not as the set has it, and what live writers lose.
     """
-    sentences = []
+    sentences: list[str] = []
+    # When some have been moved in already, these can't be told from what a live writer made.
+    is_all_staged = state(staging) == MOVING_OUT
     if state(staging) == MOVING_OUT:
         try:
             _move_out(root, staging)
@@ -225,12 +230,14 @@ def _roll_forward(root: int, staging: int) -> list[str]:
             raise
     if state(staging) == MOVING_IN:
         with opened_folder(staging, NEW) as new:
-            for name in _names(new):
+            staged = _names(new)
+            for name in staged:
                 _move(new, root, name, staging, aside=root)
             sentences += _take_over_attributes(new, root, staging)
             os.fsync(new)
         os.fsync(root)
         _set_state(staging, SWITCHED)
+        sentences += written_meanwhile(root, staging, staged if is_all_staged else None)
     return sentences
 
 

@@ -103,7 +103,7 @@ def test_a_switch_replaces_everything_and_keeps_the_roots_inode(
     staged(component, local_store, live)
     assert picture(live).items() >= old.items(), "what is live is untouched by the staging, the root's time included"
     assert leftovers(live) == [RESTORE_ID]
-    switch_volume(live, RESTORE_ID, Operation())
+    assert switch_volume(live, RESTORE_ID, Operation()) == []
     assert picture(live) == new
     assert live.stat().st_ino == inode
     assert leftovers(live) == []
@@ -337,9 +337,73 @@ def test_what_a_live_writer_makes_during_the_switch_is_put_aside_and_replaces_no
             made.append(name)
 
     monkeypatch.setattr(volume_exchange, "_rename", disturbed)
-    switch_volume(live, RESTORE_ID, Operation())
+    [told] = switch_volume(live, RESTORE_ID, Operation())
     assert made
     assert picture(live) == new
+    assert "written by somebody else during the switch, and lost: changing; " in told
+    assert "stop whatever uses the volume, and restore again" in told
+
+
+def test_what_a_live_writer_adds_during_the_switch_stays_and_is_told(
+    component: Component, local_store: LocalStore, live: Path, new: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a database does that makes a new log beside a file that is not its own any more."""
+    staged(component, local_store, live)
+    real = volume_exchange._rename
+
+    def disturbed(source: int, target: int, name: bytes, new_name: bytes) -> None:
+        real(source, target, name, new_name)
+        if os.readlink(live / STAGING / "state") == "moving in":
+            (live / "changing-wal").write_text("by a live writer")
+
+    monkeypatch.setattr(volume_exchange, "_rename", disturbed)
+    [told] = switch_volume(live, RESTORE_ID, Operation())
+    assert "made by somebody else during the switch, and beside what was restored: changing-wal;" in told
+    assert (live / "changing-wal").read_text() == "by a live writer"
+    assert picture(live).keys() == {*new, "changing-wal"}
+
+
+def test_a_recovery_takes_nothing_that_it_finds_moved_in_for_a_live_writers(
+    component: Component, local_store: LocalStore, live: Path, new: Picture, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    staged(component, local_store, live)
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(volume_exchange, "_take_over_attributes", die)
+        switch_volume(live, RESTORE_ID, Operation())
+    assert recover_volume(live, RESTORE_ID) is True
+    assert picture(live) == new
+    assert caplog.text == ""
+
+
+def test_who_still_uses_what_was_replaced_is_named(
+    component: Component, local_store: LocalStore, live: Path, tmp_path: Path
+) -> None:
+    """With its open file, or as the folder that it works in; one that uses another volume is not."""
+    script = "import os, sys; os.chdir(sys.argv[1]); file = open(sys.argv[2]); print(flush=True); sys.stdin.read()"
+    elsewhere = tmp_path / "other" / STAGING / "old" / "both" / "inner"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.touch()
+    places = [("/", live / "both" / "inner"), (live / "both", "/dev/null"), ("/", elsewhere)]
+    staged(component, local_store, live)
+    users = []
+    try:
+        for folder, file in places:
+            command = [sys.executable, "-c", script, str(folder), str(file)]
+            users.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            assert users[-1].stdout is not None
+            users[-1].stdout.readline()
+        [told] = switch_volume(live, RESTORE_ID, Operation())
+    finally:
+        for user in users:
+            user.communicate()
+    assert told.startswith("still using what was replaced, where what they write is lost: ")
+    assert [f"(pid {user.pid})" in told for user in users] == [True, True, False]
+    assert "python" in told
 
 
 def test_a_file_system_without_renaming_that_replaces_nothing_is_switched_too(
