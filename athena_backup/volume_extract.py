@@ -21,7 +21,7 @@ from athena_backup.manifest import Component
 from athena_backup.operation import Operation
 from athena_backup.store import Store
 from athena_backup.volume_entry import shown
-from athena_backup.volume_folders import Folders
+from athena_backup.volume_folders import Folders, SymbolicLinks
 from athena_backup.volume_hand import FOLDER_FLAGS, Hand, Hands, told
 from athena_backup.volume_latency import Helpers
 from athena_backup.volume_pax import SYMLINK, Member
@@ -181,7 +181,7 @@ class Tree:
         self._users = 1
         self.dresser = dresser
         self.allow_devices = allow_devices
-        self._symlinks: list[tuple[bytes, Member]] = []
+        self._symlinks = SymbolicLinks()
         self._hard_links: list[tuple[bytes, bytes]] = []
         self._folders = Folders()
         self._made_folders = 1  # the root
@@ -236,7 +236,7 @@ class Tree:
     def note_symlink(self, path: bytes, member: Member) -> None:
         """Note what is to be made when every file is there."""
         with self._lock:
-            self._symlinks.append((path, member))
+            self._symlinks.add(path, member)
 
     def note_directory(self, path: bytes, member: Member) -> None:
         """Note what a folder is to look like in the end; raises for a second opinion."""

@@ -1,11 +1,11 @@
-"""What the folders of a restored volume are to look like in the end, in few bytes each: one of repositories has millions."""
+"""What a restored volume's folders look like in the end, and its symbolic links, in few bytes each: there may be millions."""
 
 import itertools
 import struct
 from collections.abc import Iterator
 
 from athena_backup.volume_hand import twice
-from athena_backup.volume_pax import DIRECTORY, Member
+from athena_backup.volume_pax import DIRECTORY, SYMLINK, Member
 
 _LOOK = struct.Struct("<IIIqI")
 """Mode, owner, group, and the time in seconds and nanoseconds."""
@@ -37,8 +37,26 @@ class Folders:
         look = self._looks[path]
         if isinstance(look, Member):
             return look
-        mode, uid, gid, seconds, nanoseconds = _LOOK.unpack(look)
-        return Member(path, DIRECTORY, mode, uid, gid, seconds * _SECOND_NS + nanoseconds)
+        return _unpacked(path, DIRECTORY, look)
+
+
+class SymbolicLinks:
+    """Each link's member, in the order in which they came; one with attributes as it is."""
+
+    def __init__(self) -> None:
+        # Side by side: a pair for each would be as much as what it holds.
+        self._paths: list[bytes] = []
+        self._looks: list[bytes | Member] = []
+
+    def add(self, path: bytes, member: Member) -> None:
+        """Note a link that is to be made."""
+        look = _packed(member)
+        self._paths.append(path)
+        self._looks.append(look if isinstance(look, Member) else look + member.link)
+
+    def __iter__(self) -> Iterator[tuple[bytes, Member]]:
+        for path, look in zip(self._paths, self._looks, strict=True):
+            yield path, look if isinstance(look, Member) else _unpacked(path, SYMLINK, look)
 
 
 def _packed(member: Member) -> bytes | Member:
@@ -48,6 +66,11 @@ def _packed(member: Member) -> bytes | Member:
         return _LOOK.pack(member.mode, member.uid, member.gid, *divmod(member.mtime_ns, _SECOND_NS))
     except struct.error:  # of a number that no file system has: who sets it finds out
         return member
+
+
+def _unpacked(path: bytes, kind: bytes, look: bytes) -> Member:
+    mode, uid, gid, seconds, nanoseconds = _LOOK.unpack_from(look)
+    return Member(path, kind, mode, uid, gid, seconds * _SECOND_NS + nanoseconds, link=look[_LOOK.size :])
 
 
 def _depth(path: bytes) -> int:

@@ -1,14 +1,14 @@
-"""What a restore remembers of folders: as they were, the deepest first, and so little that millions fit into a small pod."""
+"""What a restore remembers of folders and links: as they were, and so little that millions fit into a small pod."""
 
 import tracemalloc
 
 import pytest
 
 from athena_backup.errors import FinalError
-from athena_backup.volume_folders import Folders
-from athena_backup.volume_pax import DIRECTORY, Member
+from athena_backup.volume_folders import Folders, SymbolicLinks
+from athena_backup.volume_pax import DIRECTORY, SYMLINK, Member
 
-FOLDERS = 20_000
+FOLDERS = LINKS = 20_000
 
 
 def folder(number: int) -> Member:
@@ -51,3 +51,34 @@ def test_a_folder_takes_few_bytes() -> None:
     finally:
         tracemalloc.stop()
     assert taken_bytes / FOLDERS < 300
+
+
+def link(number: int) -> Member:
+    name = f"packages/{number // 256:05}/node_modules/.bin/{number % 256:02x}".encode()
+    return Member(name, SYMLINK, 0o777, 1000, 1001, 1_700_000_000_123_456_789 + number, link=b"../%d.js" % number)
+
+
+def test_every_link_comes_back_as_it_was_in_its_turn() -> None:
+    unusual = [
+        Member(b"with/attributes", SYMLINK, 0o777, 0, 0, 0, link=b"x", xattrs={"trusted.a": b"1"}),
+        Member(b"after/2262", SYMLINK, 0o777, 0, 0, 2**64, link=b"not-utf8-\xff"),
+        Member(b"long", SYMLINK, 0o777, 0, 0, -1, link=b"n" * 4095),
+    ]
+    members = [link(2), *unusual, link(1)]
+    links = SymbolicLinks()
+    for member in members:
+        links.add(member.name, member)
+    assert list(links) == [(member.name, member) for member in members]
+
+
+def test_a_link_takes_few_bytes() -> None:
+    links = SymbolicLinks()
+    tracemalloc.start()
+    try:
+        for number in range(LINKS):
+            member = link(number)
+            links.add(member.name, member)
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken_bytes / LINKS < 250
