@@ -7,6 +7,7 @@ taken again until they are equal: then no transaction lies between them.
 
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,8 +37,15 @@ TABLE_TRIES = 50
 """Under two sessions that make and drop tables flat out a try succeeds about one time in eight (tried)."""
 _PING_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
+_PAUSES_SECONDS = (2.0, 4.0, 8.0)
+"""What failed for a reason that may pass is tried again after these: a server that starts anew, or has no connection free."""
+_PATIENCE_SECONDS = 30.0
+"""A database that took so long is not tried again: a lock time-out, a minute by default, would be multiplied, and DDL would wait
+as long for what is locked in the others.
+"""
 # undefined_table and invalid_schema_name (manual, appendix A): dropped between our listing and our LOCK.
 _VANISHED = ("42P01", "3F000")
+logger = logging.getLogger("athena_backup.postgres")
 
 
 @dataclass
@@ -50,9 +58,16 @@ class Cut:
     spread_seconds: float = 0.0
 
     def of(self, name: str) -> Held:
-        """The held database of a component; raises what kept it from being held, or what lost it."""
-        if name in self.faults:
-            raise self.faults[name]
+        """The held database of a component; raises what kept it from being held, or what lost it.
+
+        A fault that could have passed is final by now: nobody opens the database again under this cut.
+        """
+        if fault := self.faults.get(name):
+            if not fault.passing:
+                raise fault
+            raise FinalError(
+                fault.cause, next_step=fault.next_step, component=fault.component, step=fault.step
+            ) from fault
         held = self.held[name]
         held.check()
         return held
@@ -68,8 +83,18 @@ class _Opening:
     """The cut while it is being made."""
 
     stack: contextlib.ExitStack
+    pauses: Iterator[float]
+    """What is left of those between one try and the next."""
     held: dict[str, Held] = field(default_factory=dict)
     faults: dict[str, AthenaError] = field(default_factory=dict)
+    sessions: dict[str, contextlib.ExitStack] = field(default_factory=dict)
+    """Both sessions of each database, or as many of them as could be opened."""
+    worked_seconds: dict[str, float] = field(default_factory=dict)
+
+    def may_be_tried(self, name: str) -> bool:
+        """Whether to open a database may succeed, for the first time or again."""
+        fault = self.faults.get(name)
+        return fault is None or (fault.passing and self.worked_seconds[name] < _PATIENCE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -83,23 +108,27 @@ def hold_cut(
 ) -> Iterator[Cut]:
     """Hold all ``databases`` at one instant per server while the block lasts.
 
-    A database that can't be reached or locked becomes a fault of its component; the others go on. After
-    ``ddl_wait_limit_seconds`` of DDL queueing behind our locks, that database is given up. Raises what `Operation.check` does.
+    A database that can't be reached or locked, not even after some pauses, becomes a fault of its component; the others go on.
+    After ``ddl_wait_limit_seconds`` of DDL queueing behind our locks, that database is given up. Raises what `Operation.check`
+    does.
     """
     with contextlib.ExitStack() as stack:
-        opening = _Opening(stack)
-        for database in databases:
-            operation.check()
-            _collect(opening, database, lambda: _open(opening, database, lock_timeout_seconds, operation))  # noqa: B023 - at once
-        _refuse_twins(opening)
-        servers = [
-            _take_snapshots(number, group, opening, lock_timeout_seconds, snapshot_tries, operation)
-            for number, group in enumerate(_by_server(list(opening.held.values())))
-        ]
-        servers = [server for server in servers if server is not None]
-        instants = [server.consistent_at for server in servers if server is not None]
+        opening = _Opening(stack, iter(_PAUSES_SECONDS))
+        while True:
+            _open_each(databases, opening, lock_timeout_seconds, operation)
+            _refuse_twins(opening)
+            groups = _by_server([opening.held[one.name] for one in databases if one.name in opening.held])
+            taken = [
+                _take_snapshots(number, group, opening, lock_timeout_seconds, snapshot_tries, operation)
+                for number, group in enumerate(groups)
+            ]
+            # Where one server's are taken again, those of the others are too: else the spread would grow by the pause.
+            if not _waits_for_another_try(opening, operation):
+                break
+        servers = [server for server in taken if server is not None]
+        instants = [server.consistent_at for server in servers]
         spread = (max(instants) - min(instants)).total_seconds() if instants else 0.0
-        cut = Cut(opening.held, opening.faults, [server for server in servers if server is not None], spread)
+        cut = Cut(opening.held, opening.faults, servers, spread)
         stopped = threading.Event()
         pinger = threading.Thread(
             target=_watch, args=(list(opening.held.values()), ddl_wait_limit_seconds, stopped), name="cut", daemon=True
@@ -112,13 +141,41 @@ def hold_cut(
             pinger.join()
 
 
+def _open_each(
+    databases: Sequence[Database], opening: _Opening, lock_timeout_seconds: float, operation: Operation
+) -> None:
+    """Open every database that may be and is not, until no pause is left: before any snapshot, which would hold back vacuum."""
+    while True:
+        for database in databases:
+            operation.check()
+            if database.name not in opening.held and opening.may_be_tried(database.name):
+                opening.faults.pop(database.name, None)
+                _collect(opening, database, lambda: _open(opening, database, lock_timeout_seconds, operation))  # noqa: B023 - at once
+        if not _waits_for_another_try(opening, operation):
+            return
+
+
+def _waits_for_another_try(opening: _Opening, operation: Operation) -> bool:
+    """Whether something that failed is to be tried again, after the pause that has been made; raises what `Operation.check` does."""
+    failed = {name: fault for name, fault in opening.faults.items() if opening.may_be_tried(name)}
+    pause_seconds = next(opening.pauses, None) if failed else None
+    if pause_seconds is None:
+        return False
+    for name, fault in failed.items():
+        logger.warning("database %s is not held yet, and tried again in %.0f s: %s", name, pause_seconds, fault)
+    operation.pause(pause_seconds)
+    return True
+
+
 def _collect(opening: _Opening, database: Database, work: Callable[[], None]) -> None:
+    began = time.monotonic()
     try:
         work()
     except AthenaError as error:
         opening.faults[database.name] = error
     except sqlalchemy.exc.DBAPIError as error:
         opening.faults[database.name] = translated(error)
+    opening.worked_seconds[database.name] = opening.worked_seconds.get(database.name, 0) + time.monotonic() - began
     if database.name in opening.faults:
         _let_go(opening, database.name)
 
@@ -131,17 +188,20 @@ def _collect_each(opening: _Opening, group: list[Held], work: Callable[[Held], N
 
 
 def _open(opening: _Opening, database: Database, lock_timeout_seconds: float, operation: Operation) -> None:
-    held = Held(database, opening.stack.enter_context(_quiet(database)), opening.stack.enter_context(_quiet(database)))
+    sessions = opening.sessions[database.name] = opening.stack.enter_context(contextlib.ExitStack())
+    held = Held(database, sessions.enter_context(_quiet(database)), sessions.enter_context(_quiet(database)))
     opening.held[database.name] = held
     _refuse_pooler(held.locks)
     _lock_tables(held, lock_timeout_seconds, operation)
 
 
 def _let_go(opening: _Opening, name: str) -> None:
-    """What is not read holds no table and no snapshot, as long as the others may take."""
+    """What is not read holds no table, no snapshot and no connection, as long as the others may take."""
     held = opening.held.pop(name, None)
     if held is not None:
         held.release()
+    if sessions := opening.sessions.pop(name, None):
+        sessions.close()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from relays import refusing_pooler, relayed
 
-from athena_backup.errors import AthenaError, FinalError
+from athena_backup.errors import AthenaError, CancelledError, FinalError
 from athena_backup.operation import Operation
 from athena_backup.postgres import cut as cut_module
 from athena_backup.postgres import held as held_module
@@ -43,6 +43,27 @@ def await_true(condition: Callable[[], bool], seconds: float = 15) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         threading.Event().wait(0.02)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is tried as often as ever, without a wait between."""
+    monkeypatch.setattr(cut_module, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+
+
+class Interrupted(Operation):
+    """An operation in whose pauses something happens; it waits no longer than that takes and ``wait_seconds`` besides."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None, wait_seconds: float = 0) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
+        self._meanwhile = meanwhile
+        self._wait_seconds = wait_seconds
+
+    def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self._meanwhile()
+        super().pause(self._wait_seconds)
 
 
 def scalar(postgres: EmbeddedServer, database: Database, snapshot: str, sql: str) -> object:
@@ -146,8 +167,8 @@ def test_a_table_dropped_before_it_is_locked_is_no_fault(
 
 
 @pytest.mark.parametrize("step", ["_begin_snapshot", "_take_snapshot", "_look_at_tables"])
-def test_a_holder_lost_while_the_snapshots_are_taken_is_a_fault_of_that_database_alone(
-    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, step: str
+def test_a_holder_lost_each_time_the_snapshots_are_taken_is_a_fault_of_that_database_alone(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, no_pauses: None, step: str
 ) -> None:
     with made_databases(postgres, 2) as [broken, whole], connected(postgres, "postgres") as admin:
         take = getattr(cut_module, step)
@@ -183,7 +204,9 @@ def test_a_database_that_cannot_be_reached_stops_no_other(postgres: EmbeddedServ
             assert "s3cret-word" not in str(cut.faults["absent"])
 
 
-def test_a_table_that_someone_keeps_locked_is_a_fault_of_that_database_alone(postgres: EmbeddedServer) -> None:
+def test_a_table_that_someone_keeps_locked_is_a_fault_of_that_database_alone(
+    postgres: EmbeddedServer, no_pauses: None
+) -> None:
     with made_databases(postgres, 2) as [locked, free], connected(postgres, locked.database) as admin:
         admin.execute("CREATE TABLE t (i int)")
         with admin.transaction():
@@ -192,6 +215,84 @@ def test_a_table_that_someone_keeps_locked_is_a_fault_of_that_database_alone(pos
                 cut.of(free.name)
                 assert "lock" in str(cut.faults[locked.name])
                 assert cut.faults[locked.name].passing
+                with pytest.raises(FinalError) as seen:
+                    cut.of(locked.name)
+                assert str(seen.value) == str(cut.faults[locked.name])
+
+
+def test_a_server_that_has_no_connection_free_for_a_moment_costs_no_database(postgres: EmbeddedServer) -> None:
+    """Of a role's two: one is taken by another, so that of our two sessions the second is refused."""
+    role = f"few_{uuid4().hex[:8]}"
+    with made_databases(postgres, 2) as [crowded, free], connected(postgres, "postgres") as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 2")
+        with contextlib.closing(connected(postgres, crowded.database, user=role)) as other:
+            pid = other.info.backend_pid
+            few = Database(crowded.name, postgres.url(crowded.database, user=role))
+            operation = Interrupted(lambda: admin.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,)), 1)
+            with hold_cut([few, free], operation) as cut:
+                assert operation.pauses[0] == 2
+                for database in (few, free):
+                    cut.of(database.name).prove()
+                assert cut.servers[0].exact
+        admin.execute(f"DROP ROLE {role}")
+
+
+def test_a_table_that_someone_locks_for_a_moment_costs_no_database(postgres: EmbeddedServer) -> None:
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as admin:
+        admin.execute("CREATE TABLE t (i int)")
+        admin.execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+        operation = Interrupted(lambda: admin.execute("ROLLBACK"))
+        with hold_cut([database], operation, lock_timeout_seconds=0.3) as cut:
+            cut.of(database.name).prove()
+        assert operation.pauses == [2]
+
+
+def test_a_lock_that_was_waited_for_long_is_not_waited_for_again(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut_module, "_PATIENCE_SECONDS", 0.2)
+    with made_databases(postgres, 1) as [database], connected(postgres, database.database) as admin:
+        admin.execute("CREATE TABLE t (i int)")
+        with admin.transaction():
+            admin.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+            operation = Interrupted()
+            with hold_cut([database], operation, lock_timeout_seconds=0.3) as cut:
+                assert operation.pauses == []
+                assert "lock" in str(cut.faults[database.name])
+
+
+def test_a_server_that_stays_away_is_final_after_some_tries_which_a_cancel_ends(postgres: EmbeddedServer) -> None:
+    away = Database("away", postgres.url().set(port=1))
+    operation = Interrupted()
+    with hold_cut([away], operation) as cut:
+        assert operation.pauses == [2, 4, 8]
+        with pytest.raises(FinalError, match="Connection refused") as seen:
+            cut.of("away")
+        assert str(seen.value) == str(cut.faults["away"])
+    operation = Interrupted(lambda: operation.cancel("a person said so"))
+    with pytest.raises(CancelledError, match="a person said so"), hold_cut([away], operation):
+        pass
+    assert operation.pauses == [2]
+
+
+def test_a_holder_lost_once_while_the_snapshots_are_taken_is_opened_again_and_cut_with_the_others(
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    with made_databases(postgres, 2) as [broken, whole], connected(postgres, "postgres") as admin:
+        take, ends = cut_module._take_snapshot, iter(["SELECT pg_terminate_backend(%s, 5000)"])
+
+        def end_it_first(held: Held) -> None:
+            for statement in ends if held.database == broken else ():
+                admin.execute(statement, (held.reader_pid,))
+            take(held)
+
+        monkeypatch.setattr(cut_module, "_take_snapshot", end_it_first)
+        with hold_cut([broken, whole], Operation()) as cut:
+            all_held = [cut.of(one.name) for one in (broken, whole)]
+            assert cut.servers[0].exact
+            assert len({held.snapshot_text for held in all_held}) == 1
+            for held in all_held:
+                assert scalar(postgres, held.database, held.snapshot, "SELECT 1") == 1
 
 
 def test_two_components_that_are_one_database_are_refused(postgres: EmbeddedServer) -> None:
@@ -326,7 +427,7 @@ def test_a_database_that_was_read_is_let_go_while_the_others_are_held(postgres: 
             cut.of(other.name).prove()
 
 
-def test_a_database_that_can_not_be_read_is_not_held(postgres: EmbeddedServer) -> None:
+def test_a_database_that_can_not_be_read_is_not_held(postgres: EmbeddedServer, no_pauses: None) -> None:
     with made_databases(postgres, 2) as [database, locked]:
         for each in (database, locked):
             with connected(postgres, each.database) as admin:
