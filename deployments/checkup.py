@@ -16,7 +16,14 @@ from sqlalchemy import text
 from athena_backup.errors import AthenaError, FinalError
 from athena_backup.mounts import Mount, mounts, origin
 from athena_backup.postgres.clients import client_version, find_client
-from athena_backup.postgres.sessions import Database, NoDatabaseError, identity, refuse_older, session
+from athena_backup.postgres.sessions import (
+    Database,
+    NoDatabaseError,
+    identity,
+    refuse_older,
+    refuse_several_servers,
+    session,
+)
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
 from athena_backup.volume_walk import LOST_AND_FOUND
@@ -54,7 +61,7 @@ def check_further_store(name: str, settings: Settings) -> str:
 
 
 def check_database(database: Database, client_directories: list[Path]) -> str:
-    """That the database is reachable and every table readable, directly and not through a pooler, and pg_dump new enough.
+    """That the database is reachable, on one server and not through a pooler, every table readable, and pg_dump new enough.
 
     Raises `FinalError` and `UnavailableError` for whatever keeps a backup from reading it.
     """
@@ -71,6 +78,8 @@ def _check_there(database: Database, client_directories: list[Path]) -> str:
     with session(database.url) as connection:
         server = identity(connection)
         refuse_older(server.version)
+        with session(database.url) as other:
+            refuse_several_servers(server, identity(other))
         unreadable = [
             str(name)
             for name in connection.execute(

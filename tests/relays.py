@@ -1,14 +1,19 @@
 """A server's port through a third party."""
 
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def relayed(target: int, *, is_pooler: bool = False, port: int = 0) -> Iterator[int]:
-    """A port (0: a free one) that leads to another; a pooler hands out a process id of its own, like PgBouncer (the message BackendKeyData)."""
+def relayed(target: int, *others: int, is_pooler: bool = False, port: int = 0) -> Iterator[int]:
+    """A port (0: a free one) that leads to another, with ``others`` each connection to the next of them.
+
+    A pooler hands out a process id of its own, like PgBouncer (the message BackendKeyData).
+    """
+    targets = itertools.cycle((target, *others))
     listener = socket.create_server(("127.0.0.1", port))
     connections: list[socket.socket] = []
 
@@ -26,7 +31,7 @@ def relayed(target: int, *, is_pooler: bool = False, port: int = 0) -> Iterator[
         with contextlib.suppress(OSError):
             while True:
                 client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", target))
+                server = socket.create_connection(("127.0.0.1", next(targets)))
                 connections.extend((client, server))
                 threading.Thread(target=relay, args=(client, server), kwargs={"change": False}, daemon=True).start()
                 threading.Thread(target=relay, args=(server, client), kwargs={"change": is_pooler}, daemon=True).start()

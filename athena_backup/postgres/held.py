@@ -22,6 +22,7 @@ from athena_backup.postgres.sessions import (
     cancelled_with,
     identity,
     refuse_older,
+    refuse_several_servers,
     run_sql,
     session,
     translated,
@@ -68,6 +69,7 @@ class Held:
         self.reader = reader
         self.identity: ServerIdentity = identity(locks)
         refuse_older(self.identity.version)
+        refuse_several_servers(self.identity, identity(reader))
         self.oid: int = locks.execute(
             text(
                 "SELECT oid::bigint FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) current_database()"

@@ -300,6 +300,18 @@ def identity(connection: Connection) -> ServerIdentity:
     return ServerIdentity(system_identifier, timeline, row.address, row.port, row.started, row.version, row.in_recovery)
 
 
+def refuse_several_servers(one: ServerIdentity, other: ServerIdentity) -> None:
+    """Raise `FinalError` where the second login by a URL is on another server than the first: what one locks, the other does not see.
+
+    By when each was started: a standby has its primary's identifier, and one server may be reached at several addresses.
+    """
+    if (one.started, one.in_recovery) != (other.started, other.in_recovery):
+        raise FinalError(
+            f"of two logins the first reached the server at {one.address}:{one.port}, the second that at {other.address}:{other.port}",
+            next_step="the address leads to several servers: name one of them in ATHENA_DATABASES",
+        )
+
+
 def refuse_older(version: int) -> None:
     """Raise `FinalError` for a server that lacks what a backup or a restore says to it (pg_current_snapshot, DROP … FORCE)."""
     if version < _OLDEST_VERSION:

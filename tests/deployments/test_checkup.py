@@ -4,9 +4,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from relays import relayed
 
 from athena_backup.errors import FinalError
-from athena_backup.postgres.embedded import EmbeddedServer, binaries
+from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database
 from athena_backup.settings import Settings
 from deployments.checkup import check_database, check_volume, findings
@@ -25,6 +26,15 @@ def test_what_a_restore_makes_is_no_reason_to_make_it_by_hand(postgres: Embedded
     (tmp_path / "lost+found").mkdir()
     with pytest.raises(FinalError, match="is empty"):
         check_volume(tmp_path, may_be_empty=False)
+
+
+def test_an_address_that_leads_to_several_servers_is_told(postgres: EmbeddedServer, tmp_path: Path) -> None:
+    with (
+        embedded_server(tmp_path / "data") as second,
+        relayed(postgres.port, second.port) as port,
+        pytest.raises(FinalError, match="the address leads to several servers: name one of them"),
+    ):
+        check_database(Database("spread", postgres.url().set(port=port)), [binaries()])
 
 
 @pytest.mark.parametrize(("frequency", "is_told"), [("0 0 * * *", True), ("0 0 0 * * *", False), ("@daily", False)])

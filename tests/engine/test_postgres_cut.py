@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from uuid import uuid4
 
 import psycopg
@@ -17,7 +18,7 @@ from athena_backup.operation import Operation
 from athena_backup.postgres import cut as cut_module
 from athena_backup.postgres import held as held_module
 from athena_backup.postgres.cut import hold_cut
-from athena_backup.postgres.embedded import EmbeddedServer
+from athena_backup.postgres.embedded import EmbeddedServer, embedded_server
 from athena_backup.postgres.held import Held
 from athena_backup.postgres.sessions import Database
 
@@ -440,6 +441,19 @@ def test_a_database_that_can_not_be_read_is_not_held(postgres: EmbeddedServer, n
                 assert can_truncate(postgres, database)
                 admin.execute("ROLLBACK")
                 assert can_truncate(postgres, locked)
+
+
+def test_an_address_that_leads_to_several_servers_is_refused(postgres: EmbeddedServer, tmp_path: Path) -> None:
+    """One would hold the locks, the other the snapshot; a standby even has the same tables."""
+    with (
+        embedded_server(tmp_path / "data") as second,
+        relayed(postgres.port, second.port) as port,
+        hold_cut([Database("spread", postgres.url().set(port=port))], Operation()) as cut,
+    ):
+        fault = cut.faults["spread"]
+        assert f"the server at 127.0.0.1:{postgres.port}, the second that at 127.0.0.1:{second.port}" in str(fault)
+        assert "the address leads to several servers: name one of them" in str(fault)
+        assert not fault.passing
 
 
 def test_a_pooler_that_refuses_how_our_sessions_begin_is_told_as_one(postgres: EmbeddedServer) -> None:
