@@ -21,6 +21,7 @@ from athena_backup.postgres.sessions import (
     NoDatabaseError,
     identity,
     refuse_older,
+    refuse_pooler,
     refuse_several_servers,
     session,
 )
@@ -76,6 +77,7 @@ def check_database(database: Database, client_directories: list[Path]) -> str:
 
 def _check_there(database: Database, client_directories: list[Path]) -> str:
     with session(database.url) as connection:
+        refuse_pooler(connection)
         server = identity(connection)
         refuse_older(server.version)
         with session(database.url) as other:

@@ -23,8 +23,7 @@ from athena_backup.postgres.held import Held, lock_tables, lost_holder, ping, ta
 from athena_backup.postgres.sessions import (
     Database,
     cancelled_with,
-    driver_of,
-    pooler_refused,
+    refuse_pooler,
     run_sql,
     session,
     translated,
@@ -191,7 +190,7 @@ def _open(opening: _Opening, database: Database, lock_timeout_seconds: float, op
     sessions = opening.sessions[database.name] = opening.stack.enter_context(contextlib.ExitStack())
     held = Held(database, sessions.enter_context(_quiet(database)), sessions.enter_context(_quiet(database)))
     opening.held[database.name] = held
-    _refuse_pooler(held.locks)
+    refuse_pooler(held.locks)
     _lock_tables(held, lock_timeout_seconds, operation)
 
 
@@ -212,13 +211,6 @@ def _quiet(database: Database) -> Iterator[Connection]:
         yield connection
         with contextlib.suppress(AthenaError, sqlalchemy.exc.SQLAlchemyError):
             stack.close()
-
-
-def _refuse_pooler(connection: Connection) -> None:
-    # The pid that the server named at connection is the backend's own; a pooler makes one up.
-    pid = connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
-    if driver_of(connection).info.backend_pid != pid:
-        raise pooler_refused()
 
 
 def _lock_tables(held: Held, lock_timeout_seconds: float, operation: Operation) -> None:

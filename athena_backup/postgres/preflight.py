@@ -14,7 +14,7 @@ from athena_backup.errors import AthenaError, FinalError
 from athena_backup.manifest import Component, DatabaseFacts
 from athena_backup.postgres.rename import maintenance_session, side_name, subscriptions_of
 from athena_backup.postgres.roles import missing_roles
-from athena_backup.postgres.sessions import Database, quoted, refuse_older, session, translated
+from athena_backup.postgres.sessions import Database, quoted, refuse_older, refuse_pooler, session, translated
 from athena_backup.postgres.staging import create_staging, facts_of, restoring_client
 
 
@@ -29,6 +29,8 @@ def preflight_database(
     facts = facts_of(component)
     faults: list[AthenaError] = []
     with maintenance_session(target.url) as connection:
+        with _collected(faults):
+            refuse_pooler(connection)
         server = connection.execute(text("SELECT pg_catalog.current_setting('server_version_num')::int")).scalar_one()
         faults += _version_faults(component, server)
         with _collected(faults):

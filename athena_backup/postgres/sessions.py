@@ -370,6 +370,14 @@ def pooler_refused() -> FinalError:
     )
 
 
+def refuse_pooler(connection: Connection) -> None:
+    """Raise `FinalError` where ``connection`` goes through a connection pooler; SQLAlchemy's errors where it breaks."""
+    # The pid that the server named at connection is the backend's own; a pooler makes one up.
+    pid = connection.execute(text("SELECT pg_catalog.pg_backend_pid()")).scalar_one()
+    if driver_of(connection).info.backend_pid != pid:
+        raise pooler_refused()
+
+
 def translated_state(state: str, message: str) -> AthenaError:
     """An SQLSTATE and its message as one of ours; an empty one: the connection was not made, or broke."""
     if state.startswith(("22", "23")):

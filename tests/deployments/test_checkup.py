@@ -37,6 +37,14 @@ def test_an_address_that_leads_to_several_servers_is_told(postgres: EmbeddedServ
         check_database(Database("spread", postgres.url().set(port=port)), [binaries()])
 
 
+def test_a_connection_pooler_is_told(postgres: EmbeddedServer) -> None:
+    with (
+        relayed(postgres.port, is_pooler=True) as port,
+        pytest.raises(FinalError, match="reached through a connection pooler"),
+    ):
+        check_database(Database("pooled", postgres.url().set(port=port)), [binaries()])
+
+
 @pytest.mark.parametrize(("frequency", "is_told"), [("0 0 * * *", True), ("0 0 0 * * *", False), ("@daily", False)])
 def test_that_five_fields_begin_with_the_seconds_is_told(tmp_path: Path, frequency: str, is_told: bool) -> None:
     """Who is used to other crons would write midnight so, and get a backup every hour."""

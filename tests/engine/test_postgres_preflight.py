@@ -2,6 +2,7 @@
 
 import time
 
+from relays import relayed
 from round_trip import RESTORE, Make, dump, rows, stage
 
 from athena_backup.errors import AthenaError
@@ -175,6 +176,18 @@ def test_a_background_worker_bound_to_the_database(
             while run_sql(source, "SELECT count(*) FROM pg_replication_slots WHERE active").scalar_one():
                 time.sleep(0.1)
             run_sql(source, "SELECT pg_drop_replication_slot('heard')")
+
+
+def test_a_connection_pooler(make_database: Make, local_store: LocalStore, postgres: EmbeddedServer) -> None:
+    """A lock of a session, and its settings, would be another client's at the next statement."""
+    database = make_database("pooled")
+    component = dump(database, local_store)
+    with relayed(postgres.port, is_pooler=True) as port:
+        assert "reached through a connection pooler" in faults_of(
+            component, Database("pooled", database.url.set(port=port))
+        )
+    admin = Database("admin", postgres.url())
+    assert rows(admin, "SELECT datname FROM pg_database WHERE datname ~ '^pooled__athena'") == [], "nothing was made"
 
 
 def test_two_components_that_restore_into_one_database(make_database: Make, local_store: LocalStore) -> None:
