@@ -83,6 +83,7 @@ class _CopySession:
         self._runner.get_loop().set_exception_handler(lambda _, context: logger.debug("%s", context.get("message")))
         self._connection: Any = None
         self._locked: set[int] = set()
+        self._locked_limit = _LOCKED_LIMIT
         self._check: Callable[[], None] = held.check
 
     def begin(self, operation: Operation, turn: Turn) -> None:
@@ -175,14 +176,21 @@ class _CopySession:
             self._runner.run(self._set_up())
         if table.oid in self._locked:
             return
-        if self._locked and len(self._locked) < _LOCKED_LIMIT:
-            self._lock([table])
-            return
-        self._import_snapshot()
         try:
-            self._lock([table, *(one for one in self._tables if one != table)])
-        except (asyncpg.LockNotAvailableError, asyncpg.OutOfMemoryError):
-            # What DDL waits for may have been read whole by now, or be another session's; or the server has no room for more.
+            if self._locked and len(self._locked) < self._locked_limit:
+                self._lock([table])
+                return
+            self._import_snapshot()
+            self._lock([table, *(one for one in self._tables if one != table)][: self._locked_limit])
+        except asyncpg.LockNotAvailableError:
+            if self._locked:
+                raise
+            # What DDL waits for may have been read whole by now, or be another session's.
+            self._import_snapshot()
+            self._lock([table])
+        except asyncpg.OutOfMemoryError:
+            # The server has no room for more: from now on the session keeps the one lock that it needs.
+            self._locked_limit = 1
             self._import_snapshot()
             self._lock([table])
 

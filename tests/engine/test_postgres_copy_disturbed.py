@@ -125,25 +125,28 @@ def test_ddl_that_queues_for_one_of_the_biggest_tables_waits_until_it_is_read(
     assert rows_of(component.streams)["public", "u"] == 100_000
 
 
+@pytest.mark.parametrize("limit", [64, 2], ids=["at the session's start", "when it has a lock already"])
 def test_a_server_without_room_for_more_locks_is_asked_for_the_one_that_is_needed(
-    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    make_database: Make, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """The error is made up: whose statement first finds the server's table of locks full is chance."""
-    asked: list[int] = []
+    refused: list[int] = []
     real = copy_out._CopySession._lock
 
     def full(session: copy_out._CopySession, tables: Sequence[BulkTable]) -> None:
-        asked.append(len(tables))
-        if len(tables) > 1:
+        if len(session._locked) + len(tables) > 1:
+            refused.append(len(tables))
             raise asyncpg.OutOfMemoryError("out of shared memory")
         real(session, tables)
 
+    monkeypatch.setattr(copy_out, "_LOCKED_LIMIT", limit)
     monkeypatch.setattr(copy_out._CopySession, "_lock", full)
+    names = ("t", "u", "v")
     make = "CREATE TABLE {} AS SELECT i FROM generate_series(1, 1000) i"
-    database = make_database("locks", f"{make.format('t')}; {make.format('u')}")
+    database = make_database("locks", "; ".join(make.format(name) for name in names))
     component = back_up(database, local_store, jobs=1)
-    assert rows_of(component.streams) == {("public", "t"): 1_000, ("public", "u"): 1_000}
-    assert asked == [2, 1, 1]
+    assert rows_of(component.streams) == {("public", name): 1_000 for name in names}
+    assert refused == [3 if limit > 2 else 1], "once: then it asks for no more than it may have"
 
 
 def test_ddl_that_queues_between_the_ranges_of_a_table_waits_until_it_is_read(
