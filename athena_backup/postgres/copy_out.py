@@ -14,7 +14,6 @@ import asyncpg
 from athena_backup.crew import Turn
 from athena_backup.errors import AthenaError, PassingError, UnavailableError
 from athena_backup.operation import LOOK_SECONDS, Operation
-from athena_backup.pipeline import FRAME_BYTES, sliced
 from athena_backup.postgres.bulk import BulkTable, TableRange
 from athena_backup.postgres.copy_login import connect
 from athena_backup.postgres.copy_pieces import Gathered, large_pieces
@@ -127,8 +126,7 @@ class _CopySession:
                 while True:
                     self._check()
                     is_ended = self._runner.run(gathered.filled(copying))
-                    # A row of hundreds of megabytes is not to be held several times.
-                    yield from sliced(gathered.take(), FRAME_BYTES)
+                    yield from gathered.take()
                     if is_ended:
                         break
                 ended(int(copying.result().removeprefix("COPY ")))

@@ -73,14 +73,14 @@ class Gathered:
 
     def __init__(self) -> None:
         self._largest_bytes = 0
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | bytearray] = []
         self._size_bytes = 0
         self._is_full = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
 
-    async def put(self, piece: bytes) -> None:
-        """Take a piece, once there is room for it: until then the driver does not read on."""
+    async def put(self, piece: bytes | bytearray) -> None:
+        """Take a piece, once there is room for it: until then the driver does not read on. A large one is emptied by `take`."""
         await self._has_room.wait()
         self._largest_bytes = max(self._largest_bytes, len(piece))
         self._pieces.append(piece)
@@ -106,11 +106,31 @@ class Gathered:
         full.cancel()
         return copying.done()
 
-    def take(self) -> bytes:
-        """Everything that has come, in one piece."""
+    def take(self) -> Iterator[bytes]:
+        """Everything that has come, in blocks of about a frame."""
+        # Behind what is a frame's worth nothing is taken: only the last piece can be a large one.
+        large = self._pieces.pop() if self._pieces and len(self._pieces[-1]) > FRAME_BYTES else b""
         block = b"".join(self._pieces)
         self._pieces.clear()
         self._size_bytes = 0
         self._is_full.clear()
         self._has_room.set()
-        return block
+        if block:
+            yield block
+        yield from _emptied(large)
+
+
+def _emptied(piece: bytes | bytearray) -> Iterator[bytes]:
+    """A piece in blocks of a frame; behind the last it is empty.
+
+    A row of hundreds of megabytes is not to be held several times, and the driver refers to its piece until the next has come.
+    """
+    try:
+        for start in range(0, len(piece), FRAME_BYTES):
+            # No view is left while the block is used: what one looks at can't be cleared.
+            with memoryview(piece) as whole, whole[start : start + FRAME_BYTES] as part:
+                block = bytes(part)
+            yield block
+    finally:
+        if isinstance(piece, bytearray):
+            piece.clear()
