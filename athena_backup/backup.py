@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from athena_backup.catalog import is_marked_deleting
-from athena_backup.errors import AthenaError, DamagedError, Fault, FinalError, UnavailableError
+from athena_backup.errors import AbsentError, AthenaError, DamagedError, Fault, FinalError, UnavailableError
 from athena_backup.instructions import instructions
 from athena_backup.manifest import (
     COMPONENT,
@@ -82,14 +82,15 @@ def put_failed_component(
 def put_once(store: Store, key: str, data: bytes) -> None:
     """Create a document whose bytes nobody else would write; an unknown outcome is settled by reading ("stores", 2).
 
-    Raises `FinalError` if other bytes stand there, `OutcomeUnknownError` if the store doesn't answer in `SETTLE_SECONDS`.
+    Raises `FinalError` if other bytes stand there, `OutcomeUnknownError` if the store doesn't answer in `SETTLE_SECONDS`, or
+    refuses for so long to create what it does not have.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
     pause_seconds = 0.5
     while True:
         try:
             # False may mean our own bytes: a client that repeats a put whose answer was lost meets its own object.
-            if store.put(key, data, if_absent=True) or read_document(store, key) == data:
+            if store.put(key, data, if_absent=True) or _stands(store, key, data):
                 return
             raise FinalError(f"{key} exists already with other content: another process wrote it")
         except UnavailableError as error:
@@ -99,6 +100,15 @@ def put_once(store: Store, key: str, data: bytes) -> None:
                 ) from error
             time.sleep(pause_seconds)
             pause_seconds = min(pause_seconds * 2, 8)
+
+
+def _stands(store: Store, key: str, data: bytes) -> bool:
+    """Whether these bytes stand where a put was refused because something stood there."""
+    try:
+        return read_document(store, key) == data
+    except AbsentError:
+        # Deleted meanwhile, or S3 refused one of two puts that met (ConditionalRequestConflict) and the other has failed.
+        raise UnavailableError(f"the store refuses to create {key}, and has no such object") from None
 
 
 def attempts(store: Store, set_id: SetId, expected: Expected) -> list[Component]:

@@ -8,7 +8,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from athena_backup import backup
-from athena_backup.backup import Expected, close_set, complete_attempt, put_component, put_failed_component, put_once
+from athena_backup.backup import (
+    Expected,
+    OutcomeUnknownError,
+    close_set,
+    complete_attempt,
+    put_component,
+    put_failed_component,
+    put_once,
+)
 from athena_backup.catalog import SetState, delete_set, find_set, list_sets, whole_manifest
 from athena_backup.errors import AbsentError, FinalError, UnavailableError
 from athena_backup.manifest import (
@@ -297,6 +305,46 @@ def test_a_document_that_another_process_wrote_is_not_taken_for_ours(local_store
     local_store.put("app/x/manifest.json", b"theirs")
     with pytest.raises(FinalError, match="another process"):
         put_once(local_store, "app/x/manifest.json", b"ours")
+
+
+class RefusingWhatIsNotThere(LocalStore):
+    """A store that refuses to create what it does not have, so many times: S3's answer to one of two puts that meet."""
+
+    refusals = 1
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if if_absent and self.refusals:
+            self.refusals -= 1
+            return False
+        return super().put(key, data, if_absent=if_absent)
+
+
+def test_a_put_that_is_refused_although_nothing_stands_is_tried_again(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup.time, "sleep", lambda seconds: None)
+    put_once(RefusingWhatIsNotThere(local_store.location.place), "app/x/manifest.json", b"document")
+    assert read_document(local_store, "app/x/manifest.json") == b"document"
+
+
+def test_a_put_that_is_refused_for_ever_ends_as_unknown(
+    local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup, "SETTLE_SECONDS", 0)
+    with pytest.raises(OutcomeUnknownError, match=r"refuses to create app/x/manifest\.json"):
+        put_once(RefusingWhatIsNotThere(local_store.location.place), "app/x/manifest.json", b"document")
+
+
+class WithoutBucket(LocalStore):
+    """A store whose bucket is missing, told without a word of it."""
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        raise AbsentError(key)
+
+
+def test_a_put_into_what_is_not_there_is_told_at_once(local_store: LocalStore) -> None:
+    with pytest.raises(AbsentError):
+        put_once(WithoutBucket(local_store.location.place), "app/x/manifest.json", b"document")
 
 
 class TestCatalog:
