@@ -14,6 +14,10 @@ _CAUSE_LIMIT = 300
 _DENIED = re.compile(r"status code: 40[13]\b|AuthenticationFailed|AuthorizationFailure|ExpiredToken|code: AccessDenied")
 # S3 answers 400 to a token that expired, and to a look without saying why.
 _EXPIRED = re.compile(r"performing HEAD .*status code: 400\b")
+_LOOK = re.compile(r"performing HEAD ")
+_ARCHIVED = re.compile(r"<Code>InvalidObjectState<")
+# Of a key that was disabled or is to be deleted; where its use alone is withdrawn, S3 says AccessDenied.
+_LOCKED = re.compile(r"<Code>KMS\.(?:Disabled|KMSInvalidState|NotFound)Exception<")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
 _RENEW = "have the store's certificate renewed; if it isn't due, one of the two clocks is wrong"
@@ -34,11 +38,17 @@ _UNSENT = re.compile(
     r'(?:([\w.:\[\]%]+:\d+),\s+)?Os \{\s+code: \d+,\s+kind: \w+,\s+message: "([^"]+)"|"(failed to lookup [^"]+)"'
 )
 _NO_IDENTITY = re.compile(r"credential provider: DeniedError: ([^\n]+)")
+# Ceph answers 403 to who has no quota left.
 _FULL = re.compile(r"status code: 507\b|InsufficientStorage|QuotaExceeded|StorageFull")
 _SKEWED = re.compile(r"RequestTimeTooSkewed")
 _MISCONFIGURED = re.compile(r"Invalid Access Key|Unable to decode service account")
 _PAST_THE_END = re.compile(r"416 Range Not Satisfiable|status code: 416\b|InvalidRange")
 _TIMED_OUT = re.compile(r"operation timed out|TimedOut|kind: Timeout")
+_ADVICE = "check the store's keys, and that they may read, write and list there"
+# The answer to a HEAD has no body: keys, region and clock can't be told apart.
+_ADVICE_OF_A_LOOK = (
+    "check the store's keys and region, that they may read, write and list there, and this machine's clock"
+)
 
 
 class ChangedError(FinalError):
@@ -64,10 +74,17 @@ def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
     found = _NO_IDENTITY.search(text)
     if found is not None:
         return DeniedError(found.group(1))
-    if is_denied(error):
-        return DeniedError(what, next_step="check the store's keys, and that they may read, write and list there")
     if _FULL.search(text):
         return FullError(what, next_step="make room in the store, or raise its quota")
+    if _ARCHIVED.search(text):
+        return FinalError(
+            f"{location.type} store {location.place}: {key} lies in an archive class of the store",
+            next_step="restore it from the archive first (S3's restore-object), then try again",
+        )
+    if _LOCKED.search(text):
+        return FinalError(what, next_step="have the key enabled that the store encrypts it with")
+    if is_denied(error):
+        return DeniedError(what, next_step=_ADVICE_OF_A_LOOK if _LOOK.search(text) else _ADVICE)
     refused = _CERTIFICATE.search(text)
     if refused is not None:
         kind = refused.group(1).removesuffix("Context")
@@ -84,17 +101,21 @@ def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
 
 def is_denied(error: Exception) -> bool:
     """Whether credentials were refused, so that renewed ones may help."""
+    text = str(error)
+    if any(pattern.search(text) for pattern in (_FULL, _ARCHIVED, _LOCKED)):
+        return False
     return isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(
-        pattern.search(str(error)) for pattern in (_DENIED, _EXPIRED)
+        pattern.search(text) for pattern in (_DENIED, _EXPIRED)
     )
 
 
 def cause_of(error: Exception) -> str:
     """The first sentence of what the client says, with the answer's own code, or why there is no answer, where that is known."""
     text = str(error)
-    code = re.search(r"<Code>(\w+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
+    code = re.search(r"<Code>([\w.]+)</Code>(?:.*?<Message>([^<]*))?", text, re.DOTALL)
     line = text.partition("\n\nDebug source")[0].partition("<?xml")[0].partition("\n")[0].rstrip(": ")
-    said = f" ({code.group(1)}: {code.group(2).strip()})" if code and code.group(2) else ""
+    message = (code.group(2) or "").strip() if code else ""
+    said = f" ({': '.join(filter(None, (code.group(1), message)))})" if code else ""
     unsent = _UNSENT.search(text) if not said else None
     if unsent is not None:
         said = ": " + ": ".join(filter(None, unsent.groups()))

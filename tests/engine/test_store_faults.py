@@ -36,6 +36,7 @@ from athena_backup.pipeline import Source, read_part, write_stream
 from athena_backup.store import Store, UnsettledError, read_document
 from athena_backup.store.clients import Keys, open_azure, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES, ObjectStore
+from athena_backup.store.refusals import cause_of
 from deployments.embedded_stores import EmbeddedAzure, EmbeddedS3
 
 SET = SetId("app", Timestamp.parse("2026-11-23t12-00-00"))
@@ -375,6 +376,71 @@ class TestFinal:
             proxy.inject(Fault(on=lambda request: request.is_put, times=1_000, status=507, code="InsufficientStorage"))
             with pytest.raises(FullError, match="make room in the store"):
                 s3_server(seaweed).open(replace(QUICK, retry_seconds=0.5), through=proxy).write("app/part", [SMALL])
+
+    def test_a_full_quota_is_told_as_such_and_not_as_bad_keys(self, seaweed: EmbeddedS3) -> None:
+        """As Ceph answers it: 403, as it does to wrong keys."""
+        with fault_proxy(seaweed.endpoint) as proxy:
+            proxy.inject(Fault(on=lambda request: request.is_put, times=1_000, status=403, code="QuotaExceeded"))
+            store = s3_server(seaweed).open(through=proxy)
+            for call in (lambda: store.put("app/x", b"", if_absent=True), lambda: store.write("app/part", [SMALL])):
+                proxy.seen.clear()
+                with pytest.raises(FullError, match=r"QuotaExceeded.*make room in the store, or raise its quota"):
+                    call()
+                # No other credentials help.
+                assert sum(request.is_put for request in proxy.seen) == 1
+
+    @pytest.mark.parametrize(
+        ("status", "code", "told"),
+        [
+            (
+                403,
+                "InvalidObjectState",
+                r"app/part lies in an archive class of the store \(restore it from the archive",
+            ),
+            (400, "KMS.DisabledException", r"KMS\.DisabledException.*have the key enabled"),
+        ],
+    )
+    def test_an_object_that_nobody_can_read_now(self, seaweed: EmbeddedS3, status: int, code: str, told: str) -> None:
+        server = s3_server(seaweed)
+        server.clean()
+        server.open().put("app/part", SMALL)
+        with fault_proxy(seaweed.endpoint) as proxy:
+            refused = proxy.inject(
+                Fault(on=lambda request: request.method == "GET", times=1_000, status=status, code=code)
+            )
+            store = server.open(through=proxy)
+            assert store.head("app/part") is not None
+            with pytest.raises(FinalError, match=told) as raised:
+                list(store.read("app/part", 0, 1))
+        assert not isinstance(raised.value, DeniedError)
+        assert refused.hits == 1
+
+    def test_a_denied_look_asks_for_all_that_it_can_be_of(self, seaweed: EmbeddedS3) -> None:
+        with fault_proxy(seaweed.endpoint) as proxy:
+            proxy.inject(Fault(times=1_000, status=403, code="AccessDenied"))
+            store = s3_server(seaweed).open(through=proxy)
+            with pytest.raises(DeniedError, match=r"keys and region, that they may .* and this machine's clock"):
+                store.head("app/part")
+            with pytest.raises(DeniedError, match="check the store's keys, and that they may read"):
+                store.put("app/x", b"", if_absent=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("<Code>QuotaExceeded</Code><RequestId>1</RequestId>", " (QuotaExceeded)"),
+        ("<Code>QuotaExceeded</Code><Message></Message>", " (QuotaExceeded)"),
+        (
+            "<Code>KMS.DisabledException</Code><Message>it is disabled.</Message>",
+            " (KMS.DisabledException: it is disabled.)",
+        ),
+    ],
+)
+def test_a_code_is_told_with_or_without_a_message(body: str, told: str) -> None:
+    said = "Server returned non-2xx status code: 403 Forbidden"
+    assert (
+        cause_of(ValueError(f"{said}: <?xml version='1.0'?>\n<Error>{body}</Error>\n\nDebug source:\n…")) == said + told
+    )
 
 
 class TestWhatABreakLeaves:
