@@ -64,7 +64,11 @@ def list_sets(store: Store, namespace: str) -> Iterator[CatalogEntry]:
     deleting = set(_deleting_marks(store, namespace))
 
     def look(set_id: SetId) -> CatalogEntry | None:
-        return _look(store, set_id, _glance, is_deleting=str(set_id.timestamp) in deleting)
+        try:
+            return _look(store, set_id, _glance, is_deleting=str(set_id.timestamp) in deleting)
+        except DeniedError as error:
+            # It is there, as its folder was listed, and one that is archived or root's keeps nobody from the others.
+            return CatalogEntry(set_id, SetState.FAILED, str(error))
 
     with contextlib.closing(_side_by_side(look, _set_ids(store, namespace))) as entries:
         yield from (entry for entry in entries if entry is not None)
@@ -110,7 +114,13 @@ def _side_by_side(
 
 def find_set(store: Store, set_id: SetId) -> CatalogEntry | None:
     """One set; None where the store has nothing of it."""
-    return _look(store, set_id, _whole, is_deleting=store.head(_mark(set_id)) is not None)
+    try:
+        return _look(store, set_id, _whole, is_deleting=store.head(_mark(set_id)) is not None)
+    except DeniedError as error:
+        # Keys that may not list are refused what is not there, too (S3's manual, GetObject): that says nothing about a set.
+        if set_id not in _set_ids(store, set_id.namespace):
+            raise
+        return CatalogEntry(set_id, SetState.FAILED, str(error))
 
 
 def whole_manifest(store: Store, set_id: SetId) -> Manifest:
@@ -153,6 +163,7 @@ def _absent(set_id: SetId) -> AbsentError:
 def _look(
     store: Store, set_id: SetId, read: Callable[[Store, str], ManifestHead | None], *, is_deleting: bool
 ) -> CatalogEntry | None:
+    """What the set's documents say; None where the store has nothing of it. Raises `DeniedError` and `UnavailableError`."""
     try:
         manifest = read(store, set_id.prefix + MANIFEST)
         failure = None if manifest is not None else _document(store, set_id.prefix + FAILURE)
@@ -160,7 +171,7 @@ def _look(
         if manifest is not None and manifest.set_id != set_id:
             return CatalogEntry(set_id, SetState.FAILED, f"its manifest belongs to another set, {manifest.set_id}")
     except DeniedError:
-        raise  # that says something about our credentials, nothing about the set
+        raise  # what it says depends on whether the set is known to be there
     except FinalError as error:
         return CatalogEntry(set_id, SetState.FAILED, str(error))
     entry = _state(set_id, manifest, failed, is_deleting=is_deleting)

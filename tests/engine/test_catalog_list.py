@@ -10,7 +10,14 @@ import obstore
 import pytest
 
 from athena_backup.catalog import GLANCE_BYTES, SetState, delete_set, find_set, list_sets, nothing_of, whole_manifest
-from athena_backup.errors import AbsentError, DamagedError, FinalError, UnavailableError
+from athena_backup.errors import (
+    AbsentError,
+    DamagedError,
+    DeniedError,
+    FinalError,
+    UnavailableError,
+    UnusableSetError,
+)
 from athena_backup.manifest import (
     FAILURE,
     MANIFEST,
@@ -281,6 +288,70 @@ class TestHead:
             read_manifest_head(newer[:GLANCE_BYTES], "manifest.json")
         with pytest.raises(DamagedError):
             read_manifest_head(newer.replace(b"3.0", b"two", 1)[:GLANCE_BYTES], "manifest.json")
+
+
+class TestRefused:
+    """A set of which the store does not hand out the documents: archived, another account's, a folder of root's."""
+
+    @staticmethod
+    def refuse(monkeypatch: pytest.MonkeyPatch, store: Store, prefix: str) -> None:
+        """Let the store refuse to read, and to list, what lies below the prefix."""
+
+        def guard(name: str) -> None:
+            real = getattr(type(store), name)
+
+            def call(self: Store, key: str, *arguments: object) -> Iterator[object]:
+                if key.startswith(prefix):
+                    raise DeniedError(f"{key}: refused by a test")
+                yield from real(self, key, *arguments)
+
+            monkeypatch.setattr(type(store), name, call)
+
+        for name in ("read", "entries", "folders"):
+            guard(name)
+
+    def test_it_breaks_no_list_and_is_no_success(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        for number in range(3):
+            store.put(set_id(number).prefix + MANIFEST, to_json(manifest(number, SMALL)))
+        with monkeypatch.context() as patched:
+            self.refuse(patched, store, set_id(1).prefix)
+            found = list(list_sets(store, "app"))
+            assert [one.state for one in found] == [SetState.SUCCESS, SetState.FAILED, SetState.SUCCESS]
+            assert found[1].status == f"{set_id(1).prefix}{MANIFEST}: refused by a test"
+            assert find_set(store, set_id(1)) == found[1]
+            with pytest.raises(UnusableSetError, match=r"can't be restored: .*refused by a test"):
+                whole_manifest(store, set_id(1))
+
+    def test_it_is_not_taken_for_unfinished(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.put(set_id(0).prefix + "volumes/x", b"what it has is not known")
+        store.put(set_id(1).prefix + FAILURE, to_json(failure(1)))
+        real = type(store).read
+
+        def read(self: Store, key: str, *arguments: object) -> Iterator[bytes]:
+            if key.endswith(FAILURE):
+                raise DeniedError(key)
+            yield from real(self, key, *arguments)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(store), "read", read)
+            for found in (*list_sets(store, "app"), find_set(store, set_id(0)), find_set(store, set_id(1))):
+                assert found is not None
+                assert found.state is SetState.FAILED
+
+    def test_keys_that_are_refused_everything_are_told_and_not_taken_for_a_set(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.put(set_id(0).prefix + MANIFEST, to_json(manifest(0, SMALL)))
+        with monkeypatch.context() as patched:
+            self.refuse(patched, store, "app/")
+            for call in (lambda: list(list_sets(store, "app")), lambda: find_set(store, set_id(0))):
+                with pytest.raises(DeniedError):
+                    call()
+        with monkeypatch.context() as patched:
+            never_there = set_id(99)  # of others some servers show the folder on
+            self.refuse(patched, store, never_there.prefix)
+            with pytest.raises(DeniedError):
+                find_set(store, never_there)
 
 
 def test_a_short_read_is_one_request_and_ends_where_the_object_does(
