@@ -15,6 +15,7 @@ from enum import Enum
 from athena_backup.errors import AbsentError, AthenaError, DeniedError, FinalError, UnusableSetError
 from athena_backup.manifest import (
     FAILURE,
+    INSTRUCTIONS,
     MANIFEST,
     Failure,
     Manifest,
@@ -136,20 +137,38 @@ def whole_manifest(store: Store, set_id: SetId) -> Manifest:
 
 
 def delete_set(store: Store, set_id: SetId) -> None:
-    """Delete a set: the mark first, then the manifest, then the rest, then the mark. Killed half-way, it can be repeated.
+    """Delete a set: RESTORE.md first, the mark, the manifest, the rest, the mark. Killed half-way, it can be repeated.
 
-    Raises `AbsentError` if there is no such set, and `DeniedError` before anything is changed. The caller makes sure that
-    nobody writes or restores it.
+    What killed writers left of a set that shows nothing else is swept. Raises `AbsentError` if there is neither, and the
+    store's refusal to delete while the set can still be restored. The caller makes sure that nobody writes or restores it.
     """
-    if find_set(store, set_id) is None:
-        raise _absent(set_id)
-    # Where this may not delete, it is refused here already: a mark that nobody could take away would take the set away.
-    store.delete([f"{_mark(set_id)}-probe"])
+    entry = find_set(store, set_id)
+    if entry is None:
+        # Their uploads are in no listing, and may be large.
+        if store.sweep(set_id.prefix) == 0:
+            raise _absent(set_id)
+        return
+    _delete_instructions(store, set_id, entry.manifest)
     store.put(_mark(set_id), b"")
     store.delete([set_id.prefix + MANIFEST])
-    store.delete([entry.key for entry in store.entries(set_id.prefix)])
+    store.delete([one.key for one in store.entries(set_id.prefix)])
     store.sweep(set_id.prefix)
     store.delete([_mark(set_id)])
+
+
+def _delete_instructions(store: Store, set_id: SetId, manifest: Manifest | None) -> None:
+    """Delete RESTORE.md, which no program needs: a store that keeps what it has refuses it here, while the set is whole.
+
+    Behind the mark a refusal would leave all of the set there, never to be restored. What a store lacks it deletes gladly, so
+    nothing but an object that is as old as the manifest tells (a bucket's retention, a disk that is only appended to).
+    """
+    key = set_id.prefix + INSTRUCTIONS
+    if manifest is not None and store.head(key) is None:
+        # Somebody took it, or was killed between this and the mark. A new one is kept for no less long.
+        from athena_backup.instructions import instructions  # with all that it needs, a list would begin later
+
+        store.put(key, instructions(manifest).encode())
+    store.delete([key])
 
 
 def _absent(set_id: SetId) -> AbsentError:

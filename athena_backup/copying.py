@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from athena_backup.backup import put_once
 from athena_backup.catalog import is_marked_deleting, whole_manifest
 from athena_backup.errors import AbsentError, AthenaError, DamagedError, FinalError
+from athena_backup.instructions import instructions
 from athena_backup.manifest import (
     COMPONENT,
     FAILURE,
@@ -115,7 +116,11 @@ def _documents(source: Store, manifest: Manifest) -> dict[str, bytes]:
     prefix = manifest.set_id.prefix
     for entry in source.entries(prefix + _GLOBALS):
         found[entry.key] = read_document(source, entry.key)
-    found[prefix + INSTRUCTIONS] = read_document(source, prefix + INSTRUCTIONS)
+    try:
+        found[prefix + INSTRUCTIONS] = read_document(source, prefix + INSTRUCTIONS)
+    except AbsentError:
+        # A deletion that was killed or refused at its beginning took it; the set is whole, and people may need it there.
+        found[prefix + INSTRUCTIONS] = instructions(manifest).encode()
     return found
 
 

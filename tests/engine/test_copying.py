@@ -14,7 +14,7 @@ from athena_backup.backup import Expected, close_set, put_component, put_failed_
 from athena_backup.catalog import SetState, list_sets, whole_manifest
 from athena_backup.copying import copy_set
 from athena_backup.errors import AbsentError, CancelledError, DamagedError, FinalError, UnavailableError
-from athena_backup.manifest import FAILURE, MANIFEST, Component, Manifest, Stream, component_folder
+from athena_backup.manifest import FAILURE, INSTRUCTIONS, MANIFEST, Component, Manifest, Stream, component_folder
 from athena_backup.names import SetId, Timestamp, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import Source, read_stream, write_stream
@@ -144,6 +144,18 @@ def test_a_copy_has_every_object_of_the_set_and_restores_from_there(
     assert {one.component: one.done_bytes for one in operation.progress()} == {
         one.name: sum(part.size_bytes for part in one.parts) for one in manifest.components
     }
+
+
+def test_a_set_that_lost_its_instructions_is_copied_with_them(
+    local_store: LocalStore, local_target: LocalStore, manifest: Manifest
+) -> None:
+    """As a deletion leaves it that was killed at its beginning, or that the store refused."""
+    key = manifest.set_id.prefix + INSTRUCTIONS
+    before = read_document(local_store, key)
+    local_store.delete([key])
+    copy_set(local_store, local_target, manifest.set_id, Operation())
+    assert_restorable(local_target, manifest)
+    assert read_document(local_target, key) == before
 
 
 def test_a_copy_back_out_of_an_object_store_restores_too(

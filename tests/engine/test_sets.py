@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,10 @@ from athena_backup.backup import (
     put_once,
 )
 from athena_backup.catalog import SetState, delete_set, find_set, list_sets, whole_manifest
-from athena_backup.errors import AbsentError, FinalError, UnavailableError
+from athena_backup.errors import AbsentError, DeniedError, FinalError, UnavailableError
 from athena_backup.manifest import (
     FAILURE,
+    INSTRUCTIONS,
     MANIFEST,
     Component,
     Failure,
@@ -347,6 +349,15 @@ def test_a_put_into_what_is_not_there_is_told_at_once(local_store: LocalStore) -
         put_once(WithoutBucket(local_store.location.place), "app/x/manifest.json", b"document")
 
 
+class KeepingWhatItHas(LocalStore):
+    """A store under a retention policy, or on a disk that is only appended to: it deletes what it lacks and nothing else."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if self.head(key) is not None:
+                raise DeniedError(f"{key} is kept")
+
+
 class TestCatalog:
     """What the listing shows, and what it never touches."""
 
@@ -443,7 +454,7 @@ class TestCatalog:
         close(local_store, GITSERVER)
 
         def killed(store: LocalStore, keys: Iterable[str]) -> None:
-            # Before it is the probe, which tells whether anything may be deleted.
+            # Before it is RESTORE.md, by which is seen whether anything may be deleted.
             if SET.prefix + MANIFEST in keys:
                 raise KeyboardInterrupt
 
@@ -457,6 +468,54 @@ class TestCatalog:
             whole_manifest(local_store, SET)
         delete_set(local_store, SET)
         assert list(local_store.entries("")) == []
+
+    @pytest.mark.parametrize("has_instructions", [True, False])
+    def test_a_store_that_keeps_what_it_has_keeps_the_set_whole(
+        self, local_store: LocalStore, *, has_instructions: bool
+    ) -> None:
+        written(local_store)
+        outcome = close(local_store, GITSERVER)
+        before = [entry.key for entry in local_store.entries("")]
+        if not has_instructions:
+            local_store.delete([SET.prefix + INSTRUCTIONS])
+        with pytest.raises(DeniedError, match=r"RESTORE\.md is kept"):
+            delete_set(KeepingWhatItHas(local_store.location.place), SET)
+        assert [entry.key for entry in local_store.entries("")] == before
+        assert [one.status for one in list_sets(local_store, "app")] == ["Success"]
+        assert whole_manifest(local_store, SET) == outcome
+
+    def test_a_deletion_that_was_killed_before_its_mark_leaves_a_set_that_can_be_restored_and_deleted(
+        self, local_store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written(local_store)
+        outcome = close(local_store, GITSERVER)
+
+        def killed(store: LocalStore, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalStore, "put", killed)
+            with pytest.raises(KeyboardInterrupt):
+                delete_set(local_store, SET)
+        assert local_store.head(SET.prefix + INSTRUCTIONS) is None
+        assert [one.status for one in list_sets(local_store, "app")] == ["Success"]
+        assert whole_manifest(local_store, SET) == outcome
+        delete_set(local_store, SET)
+        assert list(local_store.entries("")) == []
+
+    def test_what_killed_writers_left_of_a_set_that_shows_nothing_else_is_deleted(
+        self, local_store: LocalStore
+    ) -> None:
+        left = (
+            Path(local_store.location.place) / SET.prefix / "volumes" / "gitserver" / "0123456789ab" / ".athena-tmp-1"
+        )
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"gigabytes")
+        assert find_set(local_store, SET) is None
+        delete_set(local_store, SET)
+        assert not left.exists()
+        with pytest.raises(AbsentError):
+            delete_set(local_store, SET)
 
 
 class TestSchema:

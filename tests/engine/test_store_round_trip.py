@@ -1,13 +1,17 @@
 """A database and a volume go into every kind of store and come back equal; their set is closed, listed and deleted there."""
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+from object_stores import PATIENT, Server
 from round_trip import SET, Make, dump, restore, rows
 
 from athena_backup.backup import Expected, close_set, put_component
 from athena_backup.catalog import delete_set, find_set, list_sets, whole_manifest
+from athena_backup.errors import AbsentError
 from athena_backup.manifest import Manifest
 from athena_backup.operation import Operation
 from athena_backup.postgres.sessions import run_sql, session
@@ -51,3 +55,19 @@ def test_a_database_and_a_volume_come_back_equal(store: Store, make_database: Ma
     delete_set(store, SET)
     assert list(store.entries("")) == []
     assert find_set(store, SET) is None
+
+
+@pytest.mark.parametrize("kind", ["s3", "moto", "gcs"])
+def test_what_a_killed_upload_left_of_a_set_that_shows_nothing_else_is_deleted(
+    open_server: Callable[[str], Server], kind: str
+) -> None:
+    server = open_server(kind)
+    store, access = server.open(PATIENT), server.access
+    assert access is not None
+    key = f"{SET.prefix}volumes/gitserver/0123456789ab/0000.tar.zst.0000"
+    access.client().create_multipart_upload(Bucket=access.bucket, Key=key)
+    assert find_set(store, SET) is None
+    delete_set(store, SET)
+    assert access.list_uploads("app/") == []
+    with pytest.raises(AbsentError):
+        delete_set(store, SET)
