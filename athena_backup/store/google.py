@@ -20,7 +20,7 @@ import google.auth.transport
 import httpx
 
 from athena_backup.errors import AthenaError, DeniedError, FinalError, UnavailableError
-from athena_backup.store.credentials import google_credentials
+from athena_backup.store.credentials import google_credentials, passes_on_google
 
 _TRIES = 5
 _PAUSE_SECONDS = 0.5
@@ -189,7 +189,7 @@ def _token(client: httpx.Client, service_account: str | None) -> dict[str, str]:
             return {}
         credentials.refresh(_Transport(client))
     except google.auth.exceptions.GoogleAuthError as error:
-        if isinstance(error, google.auth.exceptions.TransportError) or error.retryable:
+        if passes_on_google(error):
             raise UnavailableError("Google gives no token at this moment") from None
         raise DeniedError(
             f"Google gives no token: {str(error).splitlines()[0]}", next_step="look at the service account and its key"

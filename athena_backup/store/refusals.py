@@ -37,7 +37,7 @@ _CERTIFICATES = {
 _UNSENT = re.compile(
     r'(?:([\w.:\[\]%]+:\d+),\s+)?Os \{\s+code: \d+,\s+kind: \w+,\s+message: "([^"]+)"|"(failed to lookup [^"]+)"'
 )
-_NO_IDENTITY = re.compile(r"credential provider: DeniedError: ([^\n]+)")
+_NO_IDENTITY = re.compile(r"credential provider: (Denied|Unavailable)Error: ([^\n]+)")
 # Ceph answers 403 to who has no quota left.
 _FULL = re.compile(r"status code: 507\b|InsufficientStorage|QuotaExceeded|StorageFull")
 _SKEWED = re.compile(r"RequestTimeTooSkewed")
@@ -72,8 +72,10 @@ def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
     if _SKEWED.search(text):
         return DeniedError(what, next_step="the clocks of this machine and the store differ: set this one's")
     found = _NO_IDENTITY.search(text)
+    if found is not None and found.group(1) == "Unavailable":
+        return UnavailableError(found.group(2))
     if found is not None:
-        return DeniedError(found.group(1))
+        return DeniedError(found.group(2))
     if _FULL.search(text):
         return FullError(what, next_step="make room in the store, or raise its quota")
     if _ARCHIVED.search(text):
@@ -103,6 +105,10 @@ def is_denied(error: Exception) -> bool:
     """Whether credentials were refused, so that renewed ones may help."""
     text = str(error)
     if any(pattern.search(text) for pattern in (_FULL, _ARCHIVED, _LOCKED)):
+        return False
+    no_identity = _NO_IDENTITY.search(text)
+    if no_identity is not None and no_identity.group(1) == "Unavailable":
+        # Renewed, it would have forgotten that it was given some before.
         return False
     return isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(
         pattern.search(text) for pattern in (_DENIED, _EXPIRED)

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -61,6 +62,9 @@ class Role:
 
     lifetime: timedelta
     given: dict[str, datetime] = field(default_factory=dict)
+    status: int = 200
+    """Any other is answered without credentials."""
+    refusals: int = 0
 
     def next(self) -> dict[str, str]:
         token = f"token-{len(self.given) + 1}"
@@ -76,8 +80,10 @@ def role(monkeypatch: pytest.MonkeyPatch) -> Iterator[Role]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps(running.next()).encode()
-            self.send_response(200)
+            is_given = running.status == 200
+            running.refusals += not is_given
+            body = json.dumps(running.next() if is_given else {"message": "not now"}).encode()
+            self.send_response(running.status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -88,6 +94,7 @@ def role(monkeypatch: pytest.MonkeyPatch) -> Iterator[Role]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0.01)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{server.server_address[1]}/role")
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -186,6 +193,46 @@ class TestRole:
         with pytest.raises(DeniedError):
             by_role(guarded).write("app/part", [BIG])
         assert len(role.given) == 2
+
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_a_role_service_that_is_busy_is_asked_again_and_is_no_bad_role(
+        self, role: Role, guarded: FaultProxy, status: int
+    ) -> None:
+        role.status = status
+        store = by_role(guarded)
+        with pytest.raises(UnavailableError, match=r"^AWS gives no credentials: .*the identity service is asked again"):
+            store.head("app/part")
+        # Three questions are one try of botocore's.
+        assert role.refusals > 3
+        role.status = 200
+        assert store.head("app/part") is None
+
+    def test_a_role_service_that_is_away_is_no_bad_role(
+        self, role: Role, guarded: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:9/role")
+        with pytest.raises(UnavailableError, match=r"^AWS gives no credentials"):
+            by_role(guarded).write("app/part", [BIG])
+
+    def test_a_role_that_is_refused_is_denied(self, role: Role, guarded: FaultProxy) -> None:
+        role.status = 403
+        with pytest.raises(DeniedError, match=r"^AWS gives no credentials: .*check the pod's role"):
+            by_role(guarded).head("app/part")
+
+    def test_what_the_role_gave_last_is_used_until_it_ends(self, role: Role, guarded: FaultProxy) -> None:
+        role.lifetime = timedelta(seconds=4)
+        store = by_role(guarded)
+        store.put("app/first", b"")
+        ends = max(role.given.values())
+        role.status = 503
+        time.sleep(0.3)  # the client asks for nothing right after it was given something
+        store.put("app/second", b"")
+        assert role.refusals
+        time.sleep(max(0.0, (ends - datetime.now(UTC)).total_seconds()) + 0.1)
+        with pytest.raises(UnavailableError, match=r"^AWS gives no credentials"):
+            store.put("app/third", b"")
+        role.status = 200
+        store.put("app/third", b"")
 
 
 def test_a_machine_without_any_identity_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,29 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from azure.core.exceptions import (
+    ClientAuthenticationError,
+    HttpResponseError,
+    ServiceRequestError,
+    ServiceResponseError,
+)
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import (
+    ClientError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
+from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
 
-from athena_backup.errors import DeniedError
+from athena_backup.errors import DeniedError, UnavailableError
 from athena_backup.store.clients import Way, open_azure
-from athena_backup.store.credentials import aws_identity, google_identity
+from athena_backup.store.credentials import Identity, aws_identity, azure_identity, google_identity
 
 Answer = Callable[[str, dict[str, str]], tuple[int, dict[str, object]]]
 
@@ -137,3 +153,154 @@ def test_a_web_identity_that_is_gone_is_told(web_identity: Path) -> None:
     web_identity.unlink()
     with pytest.raises(DeniedError, match="AWS gives no credentials"):
         aws_identity()()
+
+
+AnswerOfLibrary = timedelta | Exception
+"""For how long a token is good that the cloud's library gives, or what it raises."""
+
+
+@pytest.fixture
+def identity_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Identity]:
+    """The identity of a cloud whose library answers so, one question after the other."""
+
+    def made(cloud: str, *answers: AnswerOfLibrary) -> Identity:
+        left = list(answers)
+
+        def answer() -> tuple[str, datetime]:
+            assert left, "asked once too often"
+            one = left.pop(0)
+            if isinstance(one, Exception):
+                raise one
+            return f"token-{len(answers) - len(left)}", datetime.now(UTC) + one
+
+        class Credentials:
+            """Of botocore and of Google's library."""
+
+            def get_frozen_credentials(self) -> ReadOnlyCredentials:
+                token, self._expiry_time = answer()
+                return ReadOnlyCredentials("key", "secret", token)
+
+            def refresh(self, request: object) -> None:
+                self.token, expiry = answer()
+                self.expiry = expiry.replace(tzinfo=None)
+
+        def get_token(scope: str) -> SimpleNamespace:
+            token, ends = answer()
+            return SimpleNamespace(token=token, expires_on=int(ends.timestamp()))
+
+        session = SimpleNamespace(get_credentials=Credentials)
+        monkeypatch.setattr("botocore.session.get_session", lambda: session)
+        monkeypatch.setattr("azure.identity.DefaultAzureCredential", lambda **_: SimpleNamespace(get_token=get_token))
+        monkeypatch.setattr("athena_backup.store.credentials.google_credentials", lambda _: Credentials())
+        return {"aws": aws_identity, "azure": azure_identity, "google": google_identity}[cloud]()
+
+    return made
+
+
+def refused(code: str, status: int = 400) -> ClientError:
+    """What AWS' token service answers."""
+    document = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(document, "AssumeRoleWithWebIdentity")  # type: ignore[arg-type]
+
+
+def answered(status: int) -> HttpResponseError:
+    """What Azure's library makes of an answer."""
+    error = HttpResponseError("no token")
+    error.status_code = status
+    return error
+
+
+def because(error: Exception, cause: Exception) -> Exception:
+    """An error in which a library wraps another."""
+    error.__cause__ = cause
+    return error
+
+
+NO_ROLE = CredentialRetrievalError(provider="container-role", error_msg="non 200 response 403 from container metadata")
+
+
+@pytest.mark.parametrize(
+    ("cloud", "error"),
+    [
+        ("aws", EndpointConnectionError(endpoint_url="http://sts")),
+        ("aws", ReadTimeoutError(endpoint_url="http://sts")),
+        ("aws", because(CredentialRetrievalError(provider="x", error_msg="x"), ConnectTimeoutError(endpoint_url="x"))),
+        ("aws", refused("Throttling")),
+        ("aws", refused("InternalFailure", 503)),
+        ("azure", ServiceRequestError("no way")),
+        ("azure", ServiceResponseError("cut")),
+        ("azure", answered(429)),
+        ("azure", answered(503)),
+        ("google", TransportError("no way")),
+        ("google", RefreshError("busy", retryable=True)),
+        ("google", because(RefreshError("x"), TransportError("no way"))),
+    ],
+)
+def test_a_moment_in_which_no_token_is_to_be_had_is_no_bad_role(
+    identity_of: Callable[..., Identity], cloud: str, error: Exception
+) -> None:
+    identity = identity_of(cloud, error, timedelta(hours=1))
+    with pytest.raises(UnavailableError, match="the identity service is asked again"):
+        identity()
+    assert identity()["token"] == "token-2"
+
+
+@pytest.mark.parametrize(
+    ("cloud", "error"),
+    [
+        ("aws", refused("AccessDenied", 403)),
+        ("aws", refused("InvalidIdentityToken")),
+        ("aws", NO_ROLE),
+        ("azure", ClientAuthenticationError("no identity")),
+        ("google", DefaultCredentialsError("none")),
+        ("google", TransportError("Status: 404", object())),
+    ],
+)
+def test_a_role_that_is_refused_is_told_as_that(
+    identity_of: Callable[..., Identity], cloud: str, error: Exception
+) -> None:
+    with pytest.raises(DeniedError, match="gives no"):
+        identity_of(cloud, error)()
+
+
+@pytest.mark.parametrize(
+    ("cloud", "error", "kind"),
+    [
+        ("aws", NO_ROLE, UnavailableError),
+        ("aws", FileNotFoundError("the token's file"), UnavailableError),
+        ("aws", refused("ExpiredTokenException"), UnavailableError),
+        ("aws", refused("AccessDenied", 403), DeniedError),
+        ("aws", refused("InvalidIdentityToken"), DeniedError),
+        ("azure", ClientAuthenticationError("no answer"), UnavailableError),
+        ("google", RefreshError("withdrawn"), DeniedError),
+    ],
+)
+def test_a_renewal_that_fails_may_pass_unless_it_is_refused_by_name(
+    identity_of: Callable[..., Identity], cloud: str, error: Exception, kind: type[Exception]
+) -> None:
+    identity = identity_of(cloud, timedelta(seconds=-1), error)
+    identity()
+    with pytest.raises(kind):
+        identity()
+
+
+@pytest.mark.parametrize(
+    ("cloud", "error"),
+    [
+        ("aws", refused("AccessDenied", 403)),
+        ("aws", EndpointConnectionError(endpoint_url="http://sts")),
+        ("azure", ServiceRequestError("no way")),
+        ("google", RefreshError("withdrawn")),
+    ],
+)
+def test_what_was_given_last_is_given_again_as_long_as_it_is_good(
+    identity_of: Callable[..., Identity], monkeypatch: pytest.MonkeyPatch, cloud: str, error: Exception
+) -> None:
+    identity = identity_of(cloud, timedelta(minutes=4), error, timedelta(hours=1))
+    identity()
+    for _ in range(3):  # of which only the first asks
+        again = identity()
+        assert again["token"] == "token-1"
+        assert timedelta(minutes=3) < again["expires_at"] - datetime.now(UTC) < timedelta(minutes=4)
+    monkeypatch.setattr("athena_backup.store.credentials._PAUSE", timedelta(0))
+    assert identity()["token"] == "token-3"
