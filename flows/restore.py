@@ -26,7 +26,7 @@ from athena_backup.postgres.rename import switch_database
 from athena_backup.postgres.roles import discard_roles, roles_of
 from athena_backup.postgres.staging import await_server, discard_staging, stage_database
 from athena_backup.settings import load_settings, masked_url
-from athena_backup.store import look_at
+from athena_backup.store import look_at, look_into
 from athena_backup.volume_exchange import discard_volume, stage_volume, switch_volume
 from athena_backup.volume_preflight import preflight_room, preflight_volume
 from flows.components import database_of, omissions, volume_of
@@ -136,10 +136,18 @@ def preflight(chosen: Sequence[Component], request: RestoreRequest, working: Wor
     volumes = [(one, volume_of(one.name, working.settings).directory) for one in chosen if one.kind == "volume"]
     faults += [error.fault(step="checking before the restore") for error in preflight_room(volumes)]
     parts = [part for component in chosen for part in component.parts]
+    standing = set()
     for part, entry in zip(parts, look_at(working.store, [part.key for part in parts]), strict=True):
         if entry is None or entry.size_bytes != part.size_bytes:
             damaged = FinalError(f"{part.key} is not in the store as it was written", next_step="restore another set")
             faults.append(damaged.fault(step="checking before the restore"))
+        else:
+            standing.add(part.key)
+    if working.store.location.type != "local":  # a directory has no archive class
+        for component in chosen:
+            refused = look_into(working.store, [part.key for part in component.parts if part.key in standing])
+            if refused is not None:
+                faults.append(refused.fault(component=component.name, step="checking before the restore"))
     return faults
 
 

@@ -133,6 +133,27 @@ def look_at(store: Store, keys: Sequence[str]) -> list[Entry | None]:
         return list(pool.map(store.head, keys))
 
 
+def look_into(store: Store, keys: Sequence[str]) -> FinalError | None:
+    """Read a byte of many objects, many at a time; returns what keeps the first of them from being read, and how many more.
+
+    `Store.head` shows what lies in an archive class as anything else. Raises `UnavailableError`.
+    """
+
+    def refusal(key: str) -> FinalError | None:
+        try:
+            for _ in store.read(key, 0, 1):
+                pass
+        except FinalError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(LOOKS_AT_ONCE, "look") as pool:
+        refused = [error for error in pool.map(refusal, keys) if error is not None]
+    if len(refused) > 1:
+        refused[0].cause += f"; {len(refused) - 1} more objects can't be read either"
+    return refused[0] if refused else None
+
+
 def read_document(store: Store, key: str) -> bytes:
     """A small document in one piece; raises `AbsentError`, and `FinalError` for one beyond `DOCUMENT_LIMIT_BYTES`."""
     document = bytearray()

@@ -33,7 +33,7 @@ from athena_backup.manifest import Component, Manifest, Stream, component_folder
 from athena_backup.names import SetId, Timestamp, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import Source, read_part, write_stream
-from athena_backup.store import Store, UnsettledError, read_document
+from athena_backup.store import Store, UnsettledError, look_into, read_document
 from athena_backup.store.clients import Keys, open_azure, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES, ObjectStore
 from athena_backup.store.refusals import cause_of
@@ -414,6 +414,31 @@ class TestFinal:
                 list(store.read("app/part", 0, 1))
         assert not isinstance(raised.value, DeniedError)
         assert refused.hits == 1
+
+    def test_of_many_objects_that_nobody_can_read_the_first_is_told_and_how_many_there_are(
+        self, seaweed: EmbeddedS3
+    ) -> None:
+        server = s3_server(seaweed)
+        server.clean()
+        keys = [f"app/{number}" for number in range(5)]
+        for key in keys:
+            server.open().put(key, b"x")
+        with fault_proxy(seaweed.endpoint) as proxy:
+            store = server.open(through=proxy)
+            assert look_into(store, keys) is None
+            archived = proxy.inject(
+                Fault(
+                    on=lambda request: not request.target.endswith("/0"),
+                    times=1_000,
+                    status=403,
+                    code="InvalidObjectState",
+                )
+            )
+            refused = look_into(store, keys)
+        assert archived.hits == 4
+        assert refused is not None
+        assert "app/1 lies in an archive class" in refused.cause
+        assert refused.cause.endswith("; 3 more objects can't be read either")
 
     def test_a_denied_look_asks_for_all_that_it_can_be_of(self, seaweed: EmbeddedS3) -> None:
         with fault_proxy(seaweed.endpoint) as proxy:
