@@ -1,9 +1,13 @@
 """What is mounted where, as far as this process can see (proc_pid_mountinfo(5))."""
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from athena_backup.operation import Operation
+from athena_backup.pipeline import watched
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,20 @@ class Mount:
 def mounts() -> list[Mount]:
     """All of them, a later one over an earlier one at the same place. Raises `OSError`."""
     return [parse(line) for line in Path("/proc/self/mountinfo").read_bytes().splitlines()]
+
+
+def await_answer(place: Path, operation: Operation) -> None:
+    """Have a folder's file system answer once, before it is touched by calls that nobody can end.
+
+    A mount whose server is gone keeps whoever touches it for ever (nfs(5), "hard"): this look is left to itself then. What it
+    finds, faults among it, is for whoever looks next. Raises like `Operation.check`.
+    """
+
+    def look() -> None:
+        with contextlib.suppress(OSError), os.scandir(place) as entries:
+            next(entries, None)
+
+    watched(look, operation)
 
 
 def parse(line: bytes) -> Mount:

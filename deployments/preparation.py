@@ -18,6 +18,7 @@ from blocks.keys import ApiKeys, load_hashes, make_key
 from blocks.store_blocks import NoBlockError, register
 from blocks.stores import open_store
 from deployments.checkup import refuse_overlaps
+from flows.components import volumes_of
 from flows.copies import bury_dead_copies
 from flows.dead_runs import reconcile, skip_missed
 from flows.recovery import half_switched_volumes
@@ -35,6 +36,7 @@ from flows.slot import ensure_limit
 
 SETTLE_SECONDS = 5
 SETTLE_LIMIT_SECONDS = 60
+STOP_SECONDS = 10
 
 logger = logging.getLogger("athena_backup.preparation")
 
@@ -98,7 +100,7 @@ def _version(client: SyncPrefectClient, name: str) -> str | None:
 
 def recover(settings: Settings) -> bool:
     """Start a recovery if a killed restore left a volume of this machine half-switched; True once none is."""
-    if not half_switched_volumes(settings):
+    if not half_switched_volumes(volumes_of(settings)):
         return True
     with get_client(sync_client=True) as client:
         start_recovery(client, settings.athena_namespace)
@@ -158,4 +160,5 @@ def settling(settings: Settings, now: datetime) -> Iterator[None]:
         yield
     finally:
         stopped.set()
-        thread.join()
+        # A volume whose server is gone keeps it for ever, and must not keep the service from stopping.
+        thread.join(STOP_SECONDS)

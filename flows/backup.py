@@ -160,7 +160,7 @@ def back_up_volume(name: str) -> None:
 
     def work(working: Working) -> None:
         volume = volume_of(name, working.settings)
-        recover_one_volume(volume)
+        recover_one_volume(volume, working.operation)
         if complete_attempt(working.store, working.set_id, Expected(name, "volume"), str(working.run_id)):
             return
         with component_document(working, Expected(name, "volume")):

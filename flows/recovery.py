@@ -6,6 +6,7 @@ each volume that it reads. The slot is held meanwhile, so whatever is found belo
 """
 
 import contextlib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from prefect import flow
@@ -15,8 +16,10 @@ from prefect.flows import Flow
 from prefect.states import Completed, Failed
 
 from athena_backup.errors import AthenaError, Fault, fault_of
+from athena_backup.mounts import await_answer
+from athena_backup.operation import Operation
 from athena_backup.postgres.staging import discard_staging
-from athena_backup.settings import Settings, load_settings
+from athena_backup.settings import load_settings
 from athena_backup.volume_archive import Volume
 from athena_backup.volume_exchange import leftovers, recover_volume
 from athena_backup.volume_staging import half_switched
@@ -45,15 +48,16 @@ def recover() -> State[Any]:
     return Completed(message="nothing that a killed restore left is in the way")
 
 
-def recover_from_the_dead(working: Working) -> list[Fault]:
+def recover_from_the_dead(working: Working, skip: Collection[str] = ()) -> list[Fault]:
     """Finish or throw away what killed restores left, in every component; a fault for each volume where that failed.
 
+    Volumes that are skipped are not touched: their mount may be what is broken.
     A side database that can't be dropped takes room and does no harm, so that is only told.
     """
     faults = []
-    for volume in volumes_of(working.settings):
+    for volume in (one for one in volumes_of(working.settings) if one.name not in skip):
         try:
-            recover_one_volume(volume)
+            recover_one_volume(volume, working.operation)
         except AthenaError as error:
             faults.append(fault_of(error, component=volume.name, step="recovering from a killed restore"))
     for database in databases_of(working.settings):
@@ -65,21 +69,22 @@ def recover_from_the_dead(working: Working) -> list[Fault]:
     return faults
 
 
-def recover_one_volume(volume: Volume) -> None:
-    """Bring one volume wholly to the old or the new state; raises the volume's errors."""
+def recover_one_volume(volume: Volume, operation: Operation) -> None:
+    """Bring one volume wholly to the old or the new state; raises the volume's errors, and like `Operation.check`."""
+    await_answer(volume.directory, operation)
     for dead in leftovers(volume.directory):
         finished = recover_volume(volume.directory, dead)
         what = "finished the switch that" if finished else "discarded the staging that"
         run_log().warning("volume %s: %s the killed restore %s left", volume.name, what, dead)
 
 
-def half_switched_volumes(settings: Settings) -> list[str]:
-    """The names of the volumes that a restore left neither wholly old nor wholly new.
+def half_switched_volumes(volumes: Iterable[Volume]) -> list[str]:
+    """The names of those volumes that a restore left neither wholly old nor wholly new.
 
     One that can't be looked at is left out: whoever works on it says what is wrong with it.
     """
     found = []
-    for volume in volumes_of(settings):
+    for volume in volumes:
         with contextlib.suppress(AthenaError):
             if half_switched(volume.directory):
                 found.append(volume.name)

@@ -67,7 +67,8 @@ def restore(request: RestoreRequest) -> State[Any]:
                     "start these services, or restore without asking them: --skip-health-checks, or"
                     ' "disablePreRestoreChecks": true and "disablePostRestoreChecks": true',
                 )
-            unrecovered = recover_from_the_dead(working)
+            skipped = [name for name in working.settings.athena_volumes if request.skips(name, is_database=False)]
+            unrecovered = recover_from_the_dead(working, skipped)
             manifest = whole_manifest(working.store, working.set_id)
             chosen, faults = choose(manifest, request, working)
             faults += [fault for fault in unrecovered if fault.component in {one.name for one in chosen}]
@@ -83,7 +84,8 @@ def restore(request: RestoreRequest) -> State[Any]:
         run_log().error("the restore failed", exc_info=True)
         return Failed(message=str(fault_of(error, step="preparing the restore")))
     left_alone = [name for name in configured(working) if name not in {one.name for one in chosen}]
-    states = states_of(chosen, switched, half_switched_volumes(working.settings))
+    volumes = [volume_of(one.name, working.settings) for one in chosen if one.name in working.settings.athena_volumes]
+    states = states_of(chosen, switched, half_switched_volumes(volumes))
     # Also where others failed: what was switched is live, and no later restore tells of it.
     told = [*omissions([one for one in chosen if one.name in switched]), *notes(working, switched)]
     if request.report:
