@@ -27,9 +27,10 @@ from athena_backup.postgres.sessions import (
 )
 from athena_backup.schedule import in_words, upcoming
 from athena_backup.settings import Settings
+from athena_backup.store.local import NoStoreYetError
 from athena_backup.volume_walk import LOST_AND_FOUND
 from blocks.stores import local_directory, open_block
-from deployments.looks import Finding, look
+from deployments.looks import Finding, Note, look
 from deployments.store_checkup import store_findings
 
 UPCOMING_RUNS = 5
@@ -54,9 +55,12 @@ def findings(settings: Settings, now: datetime | None = None) -> Iterator[Findin
     yield from _schedule_findings(settings, now or datetime.now(UTC))
 
 
-def check_further_store(name: str, settings: Settings) -> str:
+def check_further_store(name: str, settings: Settings) -> str | Note:
     """That the block of a further store is there, and its store can be listed; what may be written shows at the first copy."""
-    store = open_block(name, settings)
+    try:
+        store = open_block(name, settings)
+    except NoStoreYetError as error:
+        return Note(f"{error.cause}: the first copy makes it one (if there should be sets, mount it)")
     next(store.folders(f"{settings.athena_namespace}/"), None)
     return f"{store.location.type} {store.location.place}, readable"
 

@@ -4,6 +4,7 @@ Read `backup` from top to bottom: that is all a backup does. What each step mean
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -42,22 +43,32 @@ from flows.operating import (
 from flows.progress import in_units
 from flows.recovery import recover_one_volume
 from flows.requests import BackupRequest
-from flows.runs import BACKUP, SKIPPED, operation_run
+from flows.runs import BACKUP, SKIPPED, operation_run, was_cancelled_by_somebody
+
+_CLOSING_SECONDS = 10.0
+"""How long the slot waits for a dead backup's set to be closed; a service that stops has less than a minute for everything."""
 
 
 def close_after_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook of the runner for a crashed backup, whose slot is held still: nobody else closes its set or looks at what it left."""
+    """Hook of the runner for a crashed backup: nobody else closes its set or looks at what it left.
+
+    It has begun before the slot is free, and goes on behind it where the store is slow: in that set nobody else works.
+    """
     del flow
     settings = load_settings()
     with get_client(sync_client=True) as client:
         run = operation_run(BACKUP, settings.athena_namespace, client.read_flow_run(flow_run.id))
-    try:
-        store = open_store(settings)
-    except AthenaError as error:
-        run_log().warning("what the crashed %s left could not be looked for: %s", run.set_id, error)
-        return
-    cause = "it was cancelled, and killed as it did not end" if state.is_cancelling() else "its process died"
-    close_dead_backup(store, run, cause, cancelled=state.is_cancelling())
+    cause = "it was told to end, and killed as it did not" if state.is_cancelling() else "its process died"
+
+    def close() -> None:
+        try:
+            close_dead_backup(open_store(settings), run, cause, cancelled=was_cancelled_by_somebody(state))
+        except AthenaError as error:
+            run_log().warning("what the dead backup %s left could not be looked for: %s", run.set_id, error)
+
+    closing = threading.Thread(target=close, name="closing", daemon=True)
+    closing.start()
+    closing.join(_CLOSING_SECONDS)
 
 
 def close_after_kill(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -46,8 +46,8 @@ def is_being_copied(client: SyncPrefectClient, set_id: SetId) -> bool:
 
 
 def copy_leases(client: SyncPrefectClient, namespace: str) -> frozenset[UUID]:
-    """The leases of the namespace's unfinished copies; one that waits for its turn has none."""
-    found = read_runs(client, COPY, [f"namespace:{namespace}"], unfinished=True)
+    """The leases of the namespace's copies at work; those that wait for their turn, any number of them, have none."""
+    found = read_runs(client, COPY, [f"namespace:{namespace}"], unfinished=True, begun=True)
     return frozenset(lease for run in found if (lease := operation_run(COPY, namespace, run).lease) is not None)
 
 

@@ -75,7 +75,9 @@ def restore(request: RestoreRequest) -> State[Any]:
             faults = faults or preflight(chosen, request, working)
             switched = [] if faults else stage_and_switch(chosen, request)
             faults = faults or working.fault_list()
-            discard_all(chosen, switched, working)
+            # A volume that could not even be looked at has nothing of this restore, and its mount may not answer.
+            reached = [one for one in chosen if one.name not in {fault.component for fault in unrecovered}]
+            discard_all(reached, switched, working)
             if not faults and not request.skip_health_check_after:
                 faults = health_faults(working)
     except SlotTakenError:
@@ -84,7 +86,7 @@ def restore(request: RestoreRequest) -> State[Any]:
         run_log().error("the restore failed", exc_info=True)
         return Failed(message=str(fault_of(error, step="preparing the restore")))
     left_alone = [name for name in configured(working) if name not in {one.name for one in chosen}]
-    volumes = [volume_of(one.name, working.settings) for one in chosen if one.name in working.settings.athena_volumes]
+    volumes = [volume_of(one.name, working.settings) for one in reached if one.name in working.settings.athena_volumes]
     states = states_of(chosen, switched, half_switched_volumes(volumes))
     # Also where others failed: what was switched is live, and no later restore tells of it.
     told = [*omissions([one for one in chosen if one.name in switched]), *notes(working, switched)]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel
@@ -217,16 +217,17 @@ def read_runs(
     tags: list[str],
     *,
     unfinished: bool,
+    begun: bool = False,
     limit: int = RECORD_LIMIT,
     due: datetime | None = None,
     before: datetime | None = None,
     offset: int = 0,
 ) -> list[FlowRun]:
-    """Prefect's runs that bear all the tags, newest first, those of the future too.
+    """Prefect's runs that bear all the tags, newest first, those of the future too; with ``begun`` those at work only.
 
     With ``due`` those of that second only, with ``before`` those that were due before; the first ``offset`` are passed over.
     """
-    states = [*(_WAITING if unfinished else StateType), *_WORKING]
+    states = _WORKING if begun else [*(_WAITING if unfinished else StateType), *_WORKING]
     when = FlowRunFilterExpectedStartTime(after_=due, before_=due + timedelta(seconds=1)) if due else None
     if before is not None:
         when = FlowRunFilterExpectedStartTime(before_=before)
@@ -332,6 +333,11 @@ def _outcome(run: FlowRun) -> Literal["success", "failed", "cancelled", "skipped
             return "failed" if run.state and run.state.message == _STOPPED else "cancelled"
         case _:
             return None
+
+
+def was_cancelled_by_somebody(state: State[Any]) -> bool:
+    """Whether a run is being cancelled, or was, and not because its runner stops."""
+    return state.type in (StateType.CANCELLING, StateType.CANCELLED) and state.message != _STOPPED
 
 
 def _message(kind: Kind, run: FlowRun) -> str:

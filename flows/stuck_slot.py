@@ -9,7 +9,7 @@ So a run counts as the slot's holder only as long as its lease can be renewed.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.copies import copy_leases
 from flows.runs import BACKUP, RECOVER, RESTORE, list_runs
-from flows.slot import copy_slot, limit_name, renew
+from flows.slot import LEASE_SECONDS, copy_slot, limit_name, renew
 
 STUCK_SECONDS = 600.0
 """Long enough for every rightful holder without a run: a claim whose run is being made has a minute (`LEASE_SECONDS`), and an
@@ -26,6 +26,8 @@ operation whose run was deleted in Prefect's UI ends itself within minutes."""
 
 _GAP_SECONDS = 120.0
 """After a longer time without a look nobody knows who had the slot meanwhile, and the count begins anew."""
+_LOST_SECONDS = 2.0 * LEASE_SECONDS
+"""By then an operation that lives has seen that its lease is lost, and has ended."""
 
 logger = logging.getLogger("athena_backup.slot")
 
@@ -39,6 +41,8 @@ class _Looks:
     first: float
     last: float
     leases: frozenset[UUID]
+    lost: float | None = None
+    """When none of the leases could be renewed for the first time; not tried at each look, which would keep a dead run's for ever."""
 
 
 @dataclass
@@ -47,13 +51,15 @@ class StuckSlots:
 
     namespace: str
     limit_seconds: float = STUCK_SECONDS
+    lost_seconds: float = _LOST_SECONDS
     _seen: dict[str, _Looks] = field(default_factory=dict)
     """Of each slot that is taken, by the name of its limit."""
 
     def free(self, client: SyncPrefectClient) -> list[str]:
         """Free each slot that was taken at every look for `limit_seconds` and that no run has; the names of their limits.
 
-        A run has it whose lease lives. One that claims it meanwhile begins the time anew.
+        A run has it whose lease lives; that it is lost has to be seen twice, `lost_seconds` apart. One that claims the slot
+        meanwhile begins the time anew.
         """
         slots: dict[str, Callable[[], frozenset[UUID]]] = {
             limit_name(self.namespace): lambda: _leases(client, self.namespace),
@@ -72,10 +78,15 @@ class StuckSlots:
         now, leases = time.monotonic(), leases_of()
         if looks is None or now - looks.last > _GAP_SECONDS or looks.leases != leases:
             looks = _Looks(now, now, leases)
-        if now - looks.first < self.limit_seconds:
-            self._seen[name] = _Looks(looks.first, now, leases)
+        looks = replace(looks, last=now)
+        if now - looks.first < self.limit_seconds or (looks.lost is not None and now - looks.lost < self.lost_seconds):
+            self._seen[name] = looks
             return False
         if any(renew(client, lease) for lease in leases):
+            return False
+        if leases and looks.lost is None:
+            # Whoever gives it back in this moment is seen to have done so by the next look.
+            self._seen[name] = replace(looks, lost=now)
             return False
         client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=0))
         logger.warning(

@@ -60,10 +60,9 @@ class NoStoreYetError(FinalError):
 def open_local(place: str, memory: Path, *, adopt: bool) -> "LocalStore":
     """The store in ``place``; ``memory`` is a file outside of it in which its id is remembered.
 
-    With ``adopt``, as at a first start, an empty directory is made a store, and the id of one that is not known here is
-    remembered; whoever only looks leaves all as it is. Raises `NoStoreYetError` for an empty directory without it, `FinalError`
-    for a directory that lost its id or has another one (the mount is missing, or another volume is mounted there), and for one
-    with other people's files.
+    With ``adopt``, as at a first start, an empty directory is made a store; whoever only looks leaves it as it is. Raises
+    `NoStoreYetError` for an empty directory without it, `FinalError` for a directory that lost its id or has another one (the
+    mount is missing, or another volume is mounted there), and for one with other people's files.
     """
     root = Path(place)
     known = _remembered(memory)
@@ -88,7 +87,7 @@ def open_local(place: str, memory: Path, *, adopt: bool) -> "LocalStore":
                 " `athena-backup init`",
             )
         found = initialize(root)
-    if adopt and remembered is None:
+    if remembered is None:
         remember(place, found, memory)
     return LocalStore(place, found)
 

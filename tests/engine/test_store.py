@@ -263,16 +263,16 @@ class TestMarker:
         assert store_id(root)
         assert read_document(open_local(str(root), memory, adopt=True), "app/x") == b"1"
 
-    def test_whoever_only_looks_makes_no_store_and_remembers_none(self, tmp_path: Path) -> None:
+    def test_whoever_only_looks_makes_no_store(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "stores.json"
         root.mkdir()
         with pytest.raises(NoStoreYetError, match=r"is empty, and no store yet \(mount it"):
             open_local(str(root), memory, adopt=False)
         assert list(root.iterdir()) == []
+        assert not memory.exists()
         identifier = initialize(root)
         open_local(str(root), memory, adopt=False)
         assert store_id(root) == identifier
-        assert not memory.exists()
 
     def test_a_mount_that_is_missing_is_noticed(self, tmp_path: Path) -> None:
         root, memory = tmp_path / "backup", tmp_path / "stores.json"
