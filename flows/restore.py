@@ -222,7 +222,9 @@ def switch(name: str) -> None:
 
     def work(working: Working) -> None:
         if component_of(name, working).kind == "volume":
-            switch_volume(volume_of(name, working.settings).directory, restore_id(working), working.operation)
+            place = volume_of(name, working.settings).directory
+            told = switch_volume(place, restore_id(working), working.operation)
+            working.notes[name] = [*working.notes.get(name, ()), *told]
             return
         target = database_of(name, working.settings)
         namespace = working.settings.athena_namespace
