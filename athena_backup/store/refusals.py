@@ -18,6 +18,8 @@ _LOOK = re.compile(r"performing HEAD ")
 _ARCHIVED = re.compile(r"<Code>InvalidObjectState<")
 # Of a key that was disabled or is to be deleted; where its use alone is withdrawn, S3 says AccessDenied.
 _LOCKED = re.compile(r"<Code>KMS\.(?:Disabled|KMSInvalidState|NotFound)Exception<")
+# Azure tells it by its code or by the sentence alone.
+_KEPT = re.compile(r"RetentionPolicyNotMet|BlobImmutableDueTo|blob is immutable due to", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
 _RENEW = "have the store's certificate renewed; if it isn't due, one of the two clocks is wrong"
@@ -85,6 +87,8 @@ def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
         )
     if _LOCKED.search(text):
         return FinalError(what, next_step="have the key enabled that the store encrypts it with")
+    if _KEPT.search(text):
+        return DeniedError(what, next_step="a rule of the store keeps it (retention, legal hold) until that has ended")
     if is_denied(error):
         return DeniedError(what, next_step=_ADVICE_OF_A_LOOK if _LOOK.search(text) else _ADVICE)
     refused = _CERTIFICATE.search(text)
@@ -104,7 +108,7 @@ def told(location: StoreLocation, key: str, error: Exception) -> AthenaError:
 def is_denied(error: Exception) -> bool:
     """Whether credentials were refused, so that renewed ones may help."""
     text = str(error)
-    if any(pattern.search(text) for pattern in (_FULL, _ARCHIVED, _LOCKED)):
+    if any(pattern.search(text) for pattern in (_FULL, _ARCHIVED, _LOCKED, _KEPT)):
         return False
     no_identity = _NO_IDENTITY.search(text)
     if no_identity is not None and no_identity.group(1) == "Unavailable":

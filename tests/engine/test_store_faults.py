@@ -33,10 +33,10 @@ from athena_backup.manifest import Component, Manifest, Stream, component_folder
 from athena_backup.names import SetId, Timestamp, new_attempt
 from athena_backup.operation import Operation
 from athena_backup.pipeline import Source, read_part, write_stream
-from athena_backup.store import Store, UnsettledError, look_into, read_document
+from athena_backup.store import Store, StoreLocation, UnsettledError, look_into, read_document
 from athena_backup.store.clients import Keys, open_azure, open_s3
 from athena_backup.store.objects import UPLOAD_PART_BYTES, ObjectStore
-from athena_backup.store.refusals import cause_of
+from athena_backup.store.refusals import cause_of, is_denied, told
 from deployments.embedded_stores import EmbeddedAzure, EmbeddedS3
 
 SET = SetId("app", Timestamp.parse("2026-11-23t12-00-00"))
@@ -466,6 +466,22 @@ def test_a_code_is_told_with_or_without_a_message(body: str, told: str) -> None:
     assert (
         cause_of(ValueError(f"{said}: <?xml version='1.0'?>\n<Error>{body}</Error>\n\nDebug source:\n…")) == said + told
     )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "409 This operation is not permitted as the blob is immutable due to a policy.",
+        "status code: 409 Conflict: <Error><Code>BlobImmutableDueToPolicy</Code></Error>",
+        "status code: 403 Forbidden: <Error><Code>RetentionPolicyNotMet</Code></Error>",
+    ],
+)
+def test_what_a_rule_of_the_store_keeps_is_denied_and_no_fault_of_the_keys(said: str) -> None:
+    error = ValueError(said)
+    refused = told(StoreLocation("azure-blob-storage", "container"), "app/x/RESTORE.md", error)
+    assert isinstance(refused, DeniedError)
+    assert "a rule of the store keeps it" in refused.next_step
+    assert not is_denied(error)
 
 
 class TestWhatABreakLeaves:
