@@ -167,9 +167,10 @@ def test_a_table_dropped_before_it_is_locked_is_no_fault(
             assert [name for _, _, name in cut.of(database.name).locked] == ["public.t"]
 
 
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("step", ["_begin_snapshot", "_take_snapshot", "_look_at_tables"])
 def test_a_holder_lost_each_time_the_snapshots_are_taken_is_a_fault_of_that_database_alone(
-    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, no_pauses: None, step: str
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     with made_databases(postgres, 2) as [broken, whole], connected(postgres, "postgres") as admin:
         take = getattr(cut_module, step)
@@ -205,9 +206,8 @@ def test_a_database_that_cannot_be_reached_stops_no_other(postgres: EmbeddedServ
             assert "s3cret-word" not in str(cut.faults["absent"])
 
 
-def test_a_table_that_someone_keeps_locked_is_a_fault_of_that_database_alone(
-    postgres: EmbeddedServer, no_pauses: None
-) -> None:
+@pytest.mark.usefixtures("no_pauses")
+def test_a_table_that_someone_keeps_locked_is_a_fault_of_that_database_alone(postgres: EmbeddedServer) -> None:
     with made_databases(postgres, 2) as [locked, free], connected(postgres, locked.database) as admin:
         admin.execute("CREATE TABLE t (i int)")
         with admin.transaction():
@@ -276,8 +276,9 @@ def test_a_server_that_stays_away_is_final_after_some_tries_which_a_cancel_ends(
     assert operation.pauses == [2]
 
 
+@pytest.mark.usefixtures("no_pauses")
 def test_a_holder_lost_once_while_the_snapshots_are_taken_is_opened_again_and_cut_with_the_others(
-    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+    postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with made_databases(postgres, 2) as [broken, whole], connected(postgres, "postgres") as admin:
         take, ends = cut_module._take_snapshot, iter(["SELECT pg_terminate_backend(%s, 5000)"])
@@ -428,7 +429,8 @@ def test_a_database_that_was_read_is_let_go_while_the_others_are_held(postgres: 
             cut.of(other.name).prove()
 
 
-def test_a_database_that_can_not_be_read_is_not_held(postgres: EmbeddedServer, no_pauses: None) -> None:
+@pytest.mark.usefixtures("no_pauses")
+def test_a_database_that_can_not_be_read_is_not_held(postgres: EmbeddedServer) -> None:
     with made_databases(postgres, 2) as [database, locked]:
         for each in (database, locked):
             with connected(postgres, each.database) as admin:
