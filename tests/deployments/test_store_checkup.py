@@ -20,7 +20,7 @@ from athena_backup.errors import DeniedError
 from athena_backup.names import SetId
 from athena_backup.settings import Settings
 from athena_backup.store.clients import open_s3
-from athena_backup.store.local import LocalStore
+from athena_backup.store.local import LocalStore, initialize
 from athena_backup.store.sweep import abort_uploads
 from blocks.stores import bucket_access, open_store
 from deployments.embedded_stores import embedded_azure, embedded_s3
@@ -264,6 +264,7 @@ def test_a_store_that_lets_two_writers_create_one_object_is_refused(
 
 def test_a_local_store_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "backup").mkdir()
+    initialize(tmp_path / "backup")
     settings = Settings(
         _env_file=None, object_store_location_local=str(tmp_path / "backup"), athena_home=tmp_path / "home"
     )
