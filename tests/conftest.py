@@ -16,10 +16,14 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from athena_backup.manifest import Component
+from athena_backup.names import SetId, Timestamp
+from athena_backup.operation import Operation
 from athena_backup.postgres.embedded import EmbeddedServer, binaries, embedded_server
 from athena_backup.postgres.sessions import Database, quoted, run_sql, session
 from athena_backup.store import Store
 from athena_backup.store.local import LocalStore, initialize
+from athena_backup.volume_archive import Volume, write_volume
 from deployments.embedded_stores import EmbeddedAzure, EmbeddedS3, embedded_azure, embedded_s3
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,6 +78,16 @@ def local_store(tmp_path: Path) -> LocalStore:
     root.mkdir()
     initialize(root)
     return LocalStore(str(root))
+
+
+@pytest.fixture
+def component(tmp_path: Path, local_store: LocalStore) -> Component:
+    """The backup of a volume with one file, ``new``, in `local_store`."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "new").write_text("new")
+    set_id = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
+    return write_volume(Volume("repos", source), local_store, set_id, "run", Operation())
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What a restore remembers of folders and links: as they were, and so little that millions fit into a small pod."""
 
 import tracemalloc
+from collections.abc import Callable
 
 import pytest
 
@@ -39,18 +40,22 @@ def test_the_deepest_come_first_and_the_root_last() -> None:
     assert [sorted(paths) for paths in folders.deepest_first()] == [[b"a/b/c"], [b"a/b", b"c/d"], [b"a", b"c"], [b""]]
 
 
-def test_a_folder_takes_few_bytes() -> None:
-    """A million of them was more than half of what a whole operation may take."""
-    folders = Folders()
+def bytes_each(add: Callable[[bytes, Member], None], make: Callable[[int], Member], count: int) -> float:
+    """What is kept of each of ``count`` members once it was noted."""
     tracemalloc.start()
     try:
-        for number in range(FOLDERS):
-            member = folder(number)
-            folders.add(member.name, member)
+        for number in range(count):
+            member = make(number)
+            add(member.name, member)
         taken_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert taken_bytes / FOLDERS < 300
+    return taken_bytes / count
+
+
+def test_a_folder_takes_few_bytes() -> None:
+    """A million of them was more than half of what a whole operation may take."""
+    assert bytes_each(Folders().add, folder, FOLDERS) < 300
 
 
 def link(number: int) -> Member:
@@ -72,13 +77,4 @@ def test_every_link_comes_back_as_it_was_in_its_turn() -> None:
 
 
 def test_a_link_takes_few_bytes() -> None:
-    links = SymbolicLinks()
-    tracemalloc.start()
-    try:
-        for number in range(LINKS):
-            member = link(number)
-            links.add(member.name, member)
-        taken_bytes, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert taken_bytes / LINKS < 250
+    assert bytes_each(SymbolicLinks().add, link, LINKS) < 250

@@ -9,23 +9,12 @@ from pathlib import Path
 import pytest
 
 from athena_backup.manifest import Component
-from athena_backup.names import SetId, Timestamp
 from athena_backup.operation import Operation
 from athena_backup.store.local import LocalStore
-from athena_backup.volume_archive import Volume, write_volume
 from athena_backup.volume_exchange import discard_volume, leftovers, recover_volume, stage_volume, switch_volume
 
 RESTORE_ID = "0123456789ab"
 STAGING = f".athena-{RESTORE_ID}"
-
-
-@pytest.fixture
-def component(tmp_path: Path, local_store: LocalStore) -> Component:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "new").write_text("new")
-    set_id = SetId("app", Timestamp.parse("2023-02-02t16-00-00"))
-    return write_volume(Volume("repos", source), local_store, set_id, "run", Operation())
 
 
 @pytest.fixture

@@ -206,6 +206,10 @@ def test_a_connection_that_breaks_costs_one_more_try_of_its_component_under_the_
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
         f" WHERE datname = '{database}' AND state = 'active' AND query LIKE 'COPY %'"
     )
+    with session(postgres.url(database)) as connection:
+        # With it the COPYs last for seconds at the rate that is set, so that one is met; it is small enough to be pg_dump's.
+        filler = "SELECT md5(i::text) || md5((-i)::text) FROM generate_series(1, 140000) i"
+        run_sql(connection, f"CREATE TABLE public.filler AS {filler}")
     timestamp = service.start_backup()
     with session(postgres.url()) as connection:
         await_true(lambda: run_sql(connection, broken).scalar_one(), "the connection that reads a table is broken")
@@ -223,3 +227,4 @@ def test_a_connection_that_breaks_costs_one_more_try_of_its_component_under_the_
     assert service.restore(timestamp) == "Success"
     with session(postgres.url(database)) as connection:
         assert run_sql(connection, "SELECT count(*), min(i) FROM public.t").one() == (20_000, 1)
+        run_sql(connection, "DROP TABLE public.filler")
