@@ -90,8 +90,8 @@ class StuckSlots:
             return False
         client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=0))
         logger.warning(
-            "the slot %s was taken for %.0f s by nobody (Prefect's server lost its lease, or could not write it), and is free again",
-            *(name, self.limit_seconds),
+            "the slot %s was taken, and nobody had it (Prefect's server lost its lease, or could not write it): it is free again",
+            name,
         )
         return True
 
